@@ -1,0 +1,211 @@
+// Package adminapi is the registry's part of Caddy's admin API: it lists live
+// connections, shows and ends one, and counts them.
+package adminapi
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+)
+
+// A page of the list holds defaultLimit connections unless the request says
+// otherwise, and maxLimit at most.
+const (
+	defaultLimit = 100
+	maxLimit     = 1000
+)
+
+// maxReason is the longest reason of a close frame in bytes (RFC 6455 §5.5).
+const maxReason = frame.MaxControlPayload - 2
+
+// Routes returns the API's routes.
+func Routes(reg *registry.Registry) []caddy.AdminRoute {
+	a := &api{reg: reg}
+	return []caddy.AdminRoute{
+		route("/connections", methods{http.MethodGet: a.list}),
+		route("/connections/stats", methods{http.MethodGet: a.stats}),
+		route("/connections/{id}", methods{http.MethodGet: a.show, http.MethodDelete: a.end}),
+	}
+}
+
+type api struct{ reg *registry.Registry }
+
+type methods map[string]caddy.AdminHandlerFunc
+
+// route answers other methods with 405, as an APIError like every other refusal.
+func route(pattern string, m methods) caddy.AdminRoute {
+	return caddy.AdminRoute{Pattern: pattern, Handler: caddy.AdminHandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		h, ok := m[r.Method]
+		if !ok {
+			for name := range m {
+				w.Header().Add("Allow", name)
+			}
+			return refuse(http.StatusMethodNotAllowed, fmt.Errorf("method not allowed: %s", r.Method))
+		}
+		return h(w, r)
+	})}
+}
+
+// list is GET /connections.
+func (a *api) list(w http.ResponseWriter, r *http.Request) error {
+	q, err := query(r, "kind", "route", "upstream", "state", "client", "min_age", "limit", "after")
+	if err != nil {
+		return err
+	}
+	f, err := filter(q)
+	if err != nil {
+		return refuse(http.StatusBadRequest, err)
+	}
+	limit := defaultLimit
+	if v, ok := q["limit"]; ok {
+		if limit, err = strconv.Atoi(v); err != nil || limit < 1 || limit > maxLimit {
+			return refuse(http.StatusBadRequest, fmt.Errorf("limit must be a number from 1 to %d: %q", maxLimit, v))
+		}
+	}
+	page, next := a.reg.List(f, limit, q["after"])
+	return reply(w, struct {
+		Connections []registry.View `json:"connections"`
+		Next        string          `json:"next"`
+	}{page, next})
+}
+
+// stats is GET /connections/stats.
+func (a *api) stats(w http.ResponseWriter, r *http.Request) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
+	return reply(w, a.reg.Stats())
+}
+
+// show is GET /connections/{id}.
+func (a *api) show(w http.ResponseWriter, r *http.Request) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
+	c, err := a.get(r)
+	if err != nil {
+		return err
+	}
+	return reply(w, c.View())
+}
+
+// end is DELETE /connections/{id}.
+func (a *api) end(w http.ResponseWriter, r *http.Request) error {
+	q, err := query(r, "code", "reason")
+	if err != nil {
+		return err
+	}
+	e := registry.Ending{Reason: registry.Admin, Text: q["reason"]}
+	if v, ok := q["code"]; ok {
+		code, err := strconv.ParseUint(v, 10, 16)
+		if err != nil || !frame.ValidCloseCode(uint16(code)) {
+			return refuse(http.StatusBadRequest, fmt.Errorf("code must be a close code that may be sent: %q", v))
+		}
+		e.Code = uint16(code)
+	}
+	if len(e.Text) > maxReason || !utf8.ValidString(e.Text) {
+		return refuse(http.StatusBadRequest, fmt.Errorf("reason must be UTF-8 of at most %d bytes", maxReason))
+	}
+	c, err := a.get(r)
+	if err != nil {
+		return err
+	}
+	// One that ends already, for whatever reason, is what was asked for.
+	c.Close(e)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (a *api) get(r *http.Request) (*registry.Conn, error) {
+	id := r.PathValue("id")
+	c, ok := a.reg.Get(id)
+	if !ok {
+		return nil, refuse(http.StatusNotFound, fmt.Errorf("no connection with id %q", id))
+	}
+	return c, nil
+}
+
+// query returns the request's parameters, of which only those named may be
+// there, each once.
+func query(r *http.Request, known ...string) (map[string]string, error) {
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, fmt.Errorf("reading query: %w", err))
+	}
+	q := make(map[string]string, len(known))
+	for _, name := range known {
+		switch v := values[name]; len(v) {
+		case 0:
+		case 1:
+			q[name] = v[0]
+		default:
+			return nil, refuse(http.StatusBadRequest, fmt.Errorf("repeated parameter: %s", name))
+		}
+		delete(values, name)
+	}
+	for name := range values {
+		return nil, refuse(http.StatusBadRequest, fmt.Errorf("unknown parameter %q: want %s", name, strings.Join(known, ", ")))
+	}
+	return q, nil
+}
+
+// filter reads the parameters that select connections.
+func filter(q map[string]string) (f registry.Filter, err error) {
+	f.Route, f.Upstream, f.Client = q["route"], q["upstream"], q["client"]
+	if v, ok := q["kind"]; ok {
+		if f.Kind = registry.Kind(v); f.Kind != registry.WebSocket {
+			return f, fmt.Errorf("unknown kind %q", v)
+		}
+	}
+	if v, ok := q["state"]; ok {
+		s, err := registry.ParseState(v)
+		if err != nil {
+			return f, err
+		}
+		f.State = &s
+	}
+	if v, ok := q["min_age"]; ok {
+		if f.MinAge, err = age(v); err != nil {
+			return f, err
+		}
+	}
+	return f, nil
+}
+
+// age reads a duration as Caddy writes it, or a number of seconds.
+func age(v string) (time.Duration, error) {
+	if seconds, err := strconv.ParseUint(v, 10, 32); err == nil {
+		return time.Duration(seconds) * time.Second, nil
+	}
+	d, err := caddy.ParseDuration(v)
+	if err == nil && d < 0 {
+		err = errors.New("it is negative")
+	}
+	if err != nil {
+		return 0, fmt.Errorf("min_age must be a duration: %q: %w", v, err)
+	}
+	return d, nil
+}
+
+func reply(w http.ResponseWriter, v any) error {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		return refuse(http.StatusInternalServerError, err)
+	}
+	return nil
+}
+
+func refuse(status int, err error) error {
+	return caddy.APIError{HTTPStatus: status, Err: err}
+}

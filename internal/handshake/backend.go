@@ -1,0 +1,151 @@
+package handshake
+
+import (
+	"bufio"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"slices"
+
+	"golang.org/x/net/http/httpguts"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
+)
+
+// maxResponseHeader bounds what a backend may send before the end of its
+// response's header, in bytes; the default of net/http's Transport is ten times that.
+const maxResponseHeader = 1 << 20
+
+// maxInformational bounds the 1xx responses before the final one.
+const maxInformational = 5
+
+// Response is a backend's answer to a Request.
+type Response struct {
+	// HTTP is the response. If it is no 101 its body is still to be read from
+	// the connection.
+	HTTP *http.Response
+
+	// The rest is of an accepted upgrade, a true 101, only.
+	Upgraded    bool
+	Subprotocol string
+	Compression deflate.Agreement
+	Early       []byte // what came after the header
+}
+
+// errors that mean that an answer is no WebSocket handshake.
+var (
+	errNoUpgrade = errors.New("backend answered 101 without upgrading to websocket")
+	errAccept    = errors.New("backend answered with a wrong Sec-WebSocket-Accept")
+)
+
+// Do sends q over conn and reads the backend's answer. An error means that no
+// usable answer came: connection errors and timeouts as they are, everything
+// else is a bad answer. The caller bounds the time by conn's deadlines, and
+// closes conn unless it takes the tunnel.
+func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
+	var nonce [16]byte
+	rand.Read(nonce[:])
+	key := base64.StdEncoding.EncodeToString(nonce[:])
+	if _, err := conn.Write(q.wire(key)); err != nil {
+		return nil, fmt.Errorf("sending handshake: %w", err)
+	}
+	limited := &io.LimitedReader{R: conn, N: maxResponseHeader}
+	br := bufio.NewReader(limited)
+	res, err := readFinal(br)
+	if err != nil {
+		if limited.N <= 0 {
+			err = errors.New("the response header is too long")
+		}
+		return nil, fmt.Errorf("reading handshake response: %w", err)
+	}
+	if res.StatusCode != http.StatusSwitchingProtocols {
+		limited.N = math.MaxInt64 // the body is for the client, who asked for it
+		return &Response{HTTP: res}, nil
+	}
+	return q.upgrade(res, br, key)
+}
+
+// readFinal reads responses until one is no 1xx, but for 101 (RFC 9110 §15.2).
+func readFinal(br *bufio.Reader) (*http.Response, error) {
+	for range maxInformational {
+		res, err := http.ReadResponse(br, &http.Request{Method: http.MethodGet})
+		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
+			return res, err
+		}
+	}
+	return nil, errors.New("too many 1xx responses")
+}
+
+// upgrade checks a 101 (RFC 6455 §4.1): a tunnel is opened for nothing less.
+func (q *Request) upgrade(res *http.Response, br *bufio.Reader, key string) (*Response, error) {
+	if !httpguts.HeaderValuesContainsToken(res.Header["Upgrade"], "websocket") ||
+		!httpguts.HeaderValuesContainsToken(res.Header["Connection"], "upgrade") {
+		return nil, errNoUpgrade
+	}
+	if !exactly(res.Header["Sec-Websocket-Accept"], AcceptKey(key)) {
+		return nil, errAccept
+	}
+	up := &Response{HTTP: res, Upgraded: true}
+	if chosen := res.Header["Sec-Websocket-Protocol"]; len(chosen) > 0 {
+		if len(chosen) > 1 || !slices.Contains(q.subprotocols, chosen[0]) {
+			return nil, fmt.Errorf("backend chose a subprotocol that was not offered: %q", chosen)
+		}
+		up.Subprotocol = chosen[0]
+	}
+	var err error
+	if up.Compression, err = q.offer.Accept(res.Header["Sec-Websocket-Extensions"]); err != nil {
+		return nil, fmt.Errorf("backend's extensions: %w", err)
+	}
+	if n := br.Buffered(); n > 0 {
+		up.Early = make([]byte, n)
+		_, _ = io.ReadFull(br, up.Early) // it is all there
+	}
+	return up, nil
+}
+
+// AnswerHeader adds to h what the client's 101 carries: the backend's headers of
+// this handshake, without those that concern one hop, and the proxy's own answer
+// to the client's key.
+func (p *Response) AnswerHeader(h http.Header, clientKey string) {
+	theirs := p.HTTP.Header.Clone()
+	stripHop(theirs)
+	for _, name := range []string{"Sec-Websocket-Accept", "Sec-Websocket-Protocol", "Sec-Websocket-Extensions"} {
+		theirs.Del(name)
+	}
+	CopyHeader(h, theirs)
+	// The field's spelling, which some clients insist on.
+	h["Upgrade"] = []string{"websocket"}
+	h["Connection"] = []string{"Upgrade"}
+	h["Sec-WebSocket-Accept"] = []string{AcceptKey(clientKey)} //nolint:canonicalheader // RFC 6455 §11.3
+	if p.Subprotocol != "" {
+		h["Sec-WebSocket-Protocol"] = []string{p.Subprotocol} //nolint:canonicalheader // RFC 6455 §11.3
+	}
+	if answer := p.Compression.Answer(); answer != "" {
+		h["Sec-WebSocket-Extensions"] = []string{answer} //nolint:canonicalheader // RFC 6455 §11.3
+	}
+}
+
+// RelayHeader adds to h what a response that is no 101 carries for the client.
+func (p *Response) RelayHeader(h http.Header) {
+	theirs := p.HTTP.Header.Clone()
+	length := theirs.Get("Content-Length")
+	stripHop(theirs)
+	if length != "" {
+		theirs.Set("Content-Length", length)
+	}
+	CopyHeader(h, theirs)
+}
+
+// CopyHeader adds src to dst. A Server or Date of src replaces that of dst.
+func CopyHeader(dst, src http.Header) {
+	for name, values := range src {
+		if name == "Server" || name == "Date" {
+			dst.Del(name)
+		}
+		dst[name] = append(dst[name], values...)
+	}
+}

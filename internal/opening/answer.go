@@ -1,0 +1,87 @@
+package opening
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/hijack"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
+)
+
+// Answer is an upstream's answer to the handshake, with its connection. One of
+// Relay and Upgrade follows, as Upgraded says.
+type Answer struct {
+	res   *handshake.Response
+	conn  net.Conn
+	place *registry.Upstream
+	stall time.Duration // how long the body of a refusal may pause
+}
+
+// Upgraded reports whether the upstream accepted the WebSocket.
+func (a *Answer) Upgraded() bool { return a.res.Upgraded }
+
+// Relay gives the client an answer that is no 101 as it is: status, header, body.
+func (a *Answer) Relay(w http.ResponseWriter, r *http.Request) {
+	defer a.conn.Close()
+	stop := context.AfterFunc(r.Context(), func() { _ = a.conn.SetDeadline(past) })
+	defer stop()
+	a.res.RelayHeader(w.Header())
+	w.WriteHeader(a.res.HTTP.StatusCode)
+	body := &patientReader{conn: a.conn, body: a.res.HTTP.Body, patience: a.stall}
+	if _, err := io.Copy(flusher{w, http.NewResponseController(w)}, body); err != nil {
+		// The status is out; only breaking off tells the client that this is not all.
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// patientReader reads a body that may come slowly but must not pause for long.
+type patientReader struct {
+	conn     net.Conn
+	body     io.Reader
+	patience time.Duration
+}
+
+func (p *patientReader) Read(b []byte) (int, error) {
+	_ = p.conn.SetReadDeadline(time.Now().Add(p.patience))
+	return p.body.Read(b)
+}
+
+// flusher passes on what was written at once.
+type flusher struct {
+	w  io.Writer
+	rc *http.ResponseController
+}
+
+func (f flusher) Write(b []byte) (int, error) {
+	n, err := f.w.Write(b)
+	if err == nil {
+		err = f.rc.Flush()
+	}
+	return n, err
+}
+
+// Upgrade gives the client its 101, takes its connection over, and makes the
+// session, which owns the record from then on. Without an error and without a
+// session the connection's end came first, and both peers have been told.
+func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, settings func() session.Settings) (*session.Session, error) {
+	a.res.AnswerHeader(w.Header(), r.Header.Get("Sec-WebSocket-Key"))
+	conn, early, err := hijack.SwitchProtocols(w)
+	if err != nil {
+		_ = a.conn.Close()
+		return nil, err
+	}
+	s := session.New(o.rec, a.place, settings,
+		session.Peer{Conn: conn, Early: early},
+		session.Peer{Conn: a.conn, Early: a.res.Early},
+		a.res.Compression.Compressed())
+	if !o.rec.Open(s, a.res.Subprotocol) {
+		s.Refuse()
+		return nil, nil
+	}
+	return s, nil
+}

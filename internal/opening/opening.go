@@ -1,0 +1,166 @@
+// Package opening brings a connection from its admission to its session: it finds
+// an upstream that accepts the handshake, before the client is told anything.
+//
+// An Opening owns the connection's record until the session does. The record's
+// end, and the client's going away, cancel what is being dialed; every
+// connection that was dialed is closed unless it became a leg of the session.
+package opening
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+)
+
+// ErrNoUpstream is the error of an opening for which there was nobody to ask.
+var ErrNoUpstream = errors.New("no upstream available")
+
+// ErrEnded is the error of an opening whose end was decided elsewhere.
+var ErrEnded = errors.New("connection ended before it was open")
+
+// Target is an upstream to try.
+type Target struct {
+	Place   *registry.Upstream // taken; the record gives it back
+	Address string
+	Dial    func(ctx context.Context) (net.Conn, error)
+}
+
+// Config is what an opening needs to know.
+type Config struct {
+	// Next chooses the upstream to try, none twice, and returns nil if none is left.
+	Next func() *Target
+	// Limits of one attempt.
+	DialTimeout, HandshakeTimeout time.Duration
+	Logger                        *zap.Logger
+}
+
+// Opening owns a record that has no session yet.
+type Opening struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	rec    *registry.Conn
+}
+
+// New returns an opening that ends with ctx, the client's request.
+func New(ctx context.Context) *Opening {
+	o := new(Opening)
+	o.ctx, o.cancel = context.WithCancelCause(ctx)
+	return o
+}
+
+// Admit makes the connection's record.
+func (o *Opening) Admit(reg *registry.Registry, route *registry.Route, info registry.Info) (err error) {
+	o.rec, err = reg.Admit(route, info, o)
+	return err
+}
+
+// ID is the connection's id.
+func (o *Opening) ID() string { return o.rec.ID() }
+
+// End implements registry.Owner.
+func (o *Opening) End(registry.Ending) { o.cancel(ErrEnded) }
+
+// Abort implements registry.Owner.
+func (o *Opening) Abort() { o.cancel(ErrEnded) }
+
+// Reconsider implements registry.Owner. A planned end waits for the session.
+func (o *Opening) Reconsider() {}
+
+// Close ends an opening that did not become a session.
+func (o *Opening) Close() {
+	o.cancel(nil)
+	o.rec.Done()
+}
+
+// Reach tries upstreams until one gives an answer that settles the matter. If
+// none does, the last one's answer is the client's, or else its error.
+func (o *Opening) Reach(c Config, q *handshake.Request) (*Answer, error) {
+	var last *Answer
+	err := ErrNoUpstream
+	for {
+		t := c.Next()
+		if t == nil {
+			if last != nil {
+				return last, nil
+			}
+			return nil, err
+		}
+		if last != nil {
+			_ = last.conn.Close()
+			last = nil
+		}
+		o.rec.Attempt(t.Place, t.Address, time.Now().Add(c.DialTimeout+c.HandshakeTimeout))
+		var a *Answer
+		if a, err = o.try(c, t, q); err != nil {
+			if l := c.Logger.Check(zap.DebugLevel, "upstream gave no answer"); l != nil {
+				l.Write(zap.String("id", o.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Address), zap.Error(err))
+			}
+			if o.ctx.Err() != nil {
+				return nil, context.Cause(o.ctx)
+			}
+			continue
+		}
+		if a.res.Upgraded || !tryNext(a.res.HTTP.StatusCode) {
+			return a, nil
+		}
+		last = a
+	}
+}
+
+// tryNext reports whether another backend may do better than one that gave this
+// status: 502 to 504 are about the way to an application, not its answer.
+func tryNext(status int) bool {
+	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
+}
+
+// try dials an upstream and does the handshake.
+func (o *Opening) try(c Config, t *Target, q *handshake.Request) (*Answer, error) {
+	conn, err := t.Dial(o.ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dialing %s: %w", t.Address, err)
+	}
+	_ = conn.SetDeadline(time.Now().Add(c.HandshakeTimeout))
+	stop := context.AfterFunc(o.ctx, func() { _ = conn.SetDeadline(past) })
+	res, err := q.Do(conn)
+	if !stop() && err == nil {
+		err = context.Cause(o.ctx)
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return &Answer{res: res, conn: conn, place: t.Place, stall: c.HandshakeTimeout}, nil
+}
+
+// past is a deadline that ends blocked reads and writes at once.
+var past = time.Unix(1, 0)
+
+// statusClientClosed is what nginx and Caddy log for a client that left before
+// it was answered.
+const statusClientClosed = 499
+
+// Status is the HTTP status for a client whose opening failed with err.
+func (o *Opening) Status(err error) int {
+	var timeout net.Error
+	switch {
+	case errors.Is(err, ErrNoUpstream), errors.Is(err, ErrEnded):
+		return http.StatusServiceUnavailable
+	case o.ctx.Err() != nil:
+		return statusClientClosed
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return http.StatusGatewayTimeout
+	default:
+		return http.StatusBadGateway
+	}
+}

@@ -1,0 +1,206 @@
+package registry
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// ClosingTimeout is how long a connection may stay in Closing.
+const ClosingTimeout = 5 * time.Second
+
+// Direction is the way that bytes and messages go.
+type Direction uint8
+
+const (
+	In  Direction = iota // from the client
+	Out                  // to the client
+)
+
+// String is the direction's name in metrics.
+func (d Direction) String() string { return [...]string{"in", "out"}[d] }
+
+// Owner is what runs a connection: the handshake first, then the session. Its
+// methods are called without locks, must not block, and may be called from any
+// goroutine, also after the connection has ended.
+type Owner interface {
+	// End begins the end: the record is in Closing, the peers are to be told.
+	End(e Ending)
+	// Abort cuts both legs at once.
+	Abort()
+	// Reconsider is called when the route's settings or the connection's
+	// CloseAt have changed.
+	Reconsider()
+}
+
+// Info is what is known of a connection when it is accepted.
+type Info struct {
+	Kind     Kind
+	Client   string // the client's IP that Caddy trusts
+	Host     string
+	URI      string
+	SNI      string
+	Protocol string // h1
+}
+
+// Conn is the record of one connection. It exists from the moment it is admitted
+// to Closed; Registry.mu guards every field but the constants and the counters.
+type Conn struct {
+	id       string
+	info     Info
+	route    *Route
+	reg      *Registry
+	accepted time.Time
+
+	state       State
+	since       time.Time // when state was entered
+	openedAt    time.Time // zero while Connecting
+	deadline    time.Time // when state must have been left; zero: no such time
+	closeAt     time.Time // when a paced end is due; zero: none planned
+	closeWhy    Ending
+	reason      Reason
+	owner       Owner
+	upstream    *Upstream
+	dial        string
+	subprotocol string
+
+	bytes    [2]atomic.Uint64
+	messages [2]atomic.Uint64
+	lastData atomic.Int64 // Age at the last data frame
+}
+
+// ID names the connection in API, logs and the Holdfast-Connection header.
+func (c *Conn) ID() string { return c.id }
+
+// Route returns the connection's route.
+func (c *Conn) Route() *Route { return c.route }
+
+// Age is the time since the connection was admitted.
+func (c *Conn) Age() time.Duration { return time.Since(c.accepted) }
+
+// State returns the connection's state.
+func (c *Conn) State() State {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.state
+}
+
+// Attempt notes the upstream that is being dialed and the time by which it must
+// have answered. It takes over the place in the upstream's count, which is given
+// back when another attempt or the connection's end follows.
+func (c *Conn) Attempt(up *Upstream, dial string, deadline time.Time) {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	c.leaveUpstream()
+	c.upstream, c.dial, c.deadline = up, dial, deadline
+}
+
+// GiveUp gives back the place at the upstream of the last attempt.
+func (c *Conn) GiveUp() {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	c.leaveUpstream()
+}
+
+// Open enters Open under a new owner. It returns false if the connection's end
+// came first: then the caller has to drop both legs and call Done.
+func (c *Conn) Open(owner Owner, subprotocol string) bool {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	if !c.enter(Open, time.Time{}) {
+		return false
+	}
+	c.owner, c.subprotocol, c.openedAt = owner, subprotocol, c.since
+	c.lastData.Store(int64(c.Age()))
+	c.reg.metrics.opened(c)
+	return true
+}
+
+// Close begins the connection's end. The first call wins; it tells the owner
+// and returns true.
+func (c *Conn) Close(e Ending) bool {
+	c.reg.mu.Lock()
+	if !c.enter(Closing, time.Now().Add(ClosingTimeout)) {
+		c.reg.mu.Unlock()
+		return false
+	}
+	c.reason = e.Reason
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.End(e)
+	return true
+}
+
+// Done removes the record: both legs are closed, no goroutine of it is left.
+// Its owner calls it once.
+func (c *Conn) Done() {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	if !c.enter(Closed, time.Time{}) {
+		return
+	}
+	c.leaveUpstream()
+	if !c.openedAt.IsZero() {
+		c.reg.metrics.closed(c)
+	}
+	c.reg.remove(c)
+}
+
+// CloseAt plans the connection's end, replacing an earlier plan; a zero time
+// lifts it.
+func (c *Conn) CloseAt(at time.Time, e Ending) {
+	c.reg.mu.Lock()
+	c.closeAt, c.closeWhy = at, e
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.Reconsider()
+}
+
+// PlannedEnd returns what CloseAt planned last.
+func (c *Conn) PlannedEnd() (time.Time, Ending) {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.closeAt, c.closeWhy
+}
+
+// Reason returns why the connection ended, or "" while it lives.
+func (c *Conn) Reason() Reason {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.reason
+}
+
+// Count adds to the connection's and its route's totals. This is the one place
+// where bytes and messages are counted: bytes are payload bytes of data frames
+// as they arrived from the peer that sent them.
+func (c *Conn) Count(d Direction, bytes, messages int) {
+	c.bytes[d].Add(uint64(bytes))
+	c.messages[d].Add(uint64(messages))
+	c.lastData.Store(int64(c.Age()))
+	c.route.count(d, bytes, messages)
+}
+
+// LastData returns the Age at which the last data frame arrived or, before the
+// first, at which the connection was opened; and whether there was one.
+func (c *Conn) LastData() (at time.Duration, any bool) {
+	any = c.messages[In].Load()+c.messages[Out].Load()+c.bytes[In].Load()+c.bytes[Out].Load() > 0
+	return time.Duration(c.lastData.Load()), any
+}
+
+// enter is the one place where the state changes. It returns false, and changes
+// nothing, if the transition is not legal. Registry.mu is held.
+func (c *Conn) enter(next State, deadline time.Time) bool {
+	if !c.state.mayBecome(next) {
+		return false
+	}
+	c.reg.metrics.moved(c, c.state, next)
+	c.state, c.since, c.deadline = next, time.Now(), deadline
+	return true
+}
+
+// leaveUpstream gives back the place in an upstream's count. Registry.mu is held.
+func (c *Conn) leaveUpstream() {
+	if c.upstream != nil {
+		c.route.release(c.upstream)
+		c.upstream, c.dial = nil, ""
+	}
+}

@@ -1,0 +1,226 @@
+// Package registry knows every live connection of the process: its record, its
+// state, its end. It outlives every config, so that a reload keeps it.
+//
+// One mutex, Registry.mu, guards the index, the routes, the upstreams' counts
+// and every record's state; it is never held over I/O or a call to an Owner.
+// Relaying a message takes no lock: counters are atomic.
+//
+// Invariants:
+//   - A record is in the index from Admit to Done, and Done is called once.
+//   - A record's state only follows nextStates; Close has one winner.
+//   - A place in an upstream's count is held by at most one record and given
+//     back exactly once.
+package registry
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Admit refuses connections with these errors.
+var (
+	ErrStopping  = errors.New("the server is stopping")
+	ErrRouteGone = errors.New("the route is gone from the configuration")
+)
+
+// Registry is the set of live connections. Make one with New.
+type Registry struct {
+	metrics *metrics
+
+	mu       sync.Mutex
+	byID     map[string]*Conn
+	order    []slot // by age; the slots of connections that ended are empty
+	dead     int    // empty slots in order
+	routes   map[routeKey]*Route
+	stopping bool
+	drained  chan struct{} // closed when stopping and the last record is gone
+	closed   map[Reason]uint64
+}
+
+// slot keeps a connection's place in the order of age. IDs grow with age, so a
+// page can go on after a connection that is gone.
+type slot struct {
+	id   string
+	conn *Conn
+}
+
+// New returns an empty registry.
+func New() *Registry {
+	return &Registry{
+		metrics: newMetrics(),
+		byID:    make(map[string]*Conn),
+		routes:  make(map[routeKey]*Route),
+		drained: make(chan struct{}),
+		closed:  make(map[Reason]uint64),
+	}
+}
+
+// Collectors returns the registry's metrics. They are the same ones at every
+// call and are registered in the metrics registry of every config.
+func (r *Registry) Collectors() []prometheus.Collector { return r.metrics.collectors() }
+
+// Admit makes the record of a connection that is about to be dialed. The owner
+// is told when its end comes first.
+func (r *Registry) Admit(route *Route, info Info, owner Owner) (*Conn, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopping {
+		return nil, ErrStopping
+	}
+	if route.declared == 0 {
+		return nil, ErrRouteGone
+	}
+	// Version 7 is ordered by time and, in one process, strictly growing.
+	id, err := uuid.NewV7()
+	if err != nil {
+		return nil, err
+	}
+	c := &Conn{
+		id: id.String(), info: info, route: route, reg: r,
+		accepted: time.Now(), state: Connecting, owner: owner,
+	}
+	c.since = c.accepted
+	r.byID[c.id] = c
+	r.order = append(r.order, slot{c.id, c})
+	route.conns++
+	r.metrics.admitted(c)
+	return c, nil
+}
+
+// Get returns a live connection.
+func (r *Registry) Get(id string) (*Conn, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c, ok := r.byID[id]
+	return c, ok
+}
+
+// Len returns the number of live connections.
+func (r *Registry) Len() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.byID)
+}
+
+// Shutdown ends all connections and admits no more. It returns as soon as none
+// is left. When ctx ends before that, those left are cut, and it returns without
+// waiting for them. What it returns is how many were cut.
+func (r *Registry) Shutdown(ctx context.Context) (cut int) {
+	r.mu.Lock()
+	first := !r.stopping
+	r.stopping = true
+	if first && len(r.byID) == 0 {
+		close(r.drained)
+	}
+	r.mu.Unlock()
+	for _, c := range r.live(nil) {
+		c.Close(Ending{Reason: Shutdown})
+	}
+	select {
+	case <-r.drained:
+		return 0
+	case <-ctx.Done():
+	}
+	left := r.live(nil)
+	for _, c := range left {
+		c.abort()
+	}
+	return len(left)
+}
+
+// abort cuts the connection's legs.
+func (c *Conn) abort() {
+	c.reg.mu.Lock()
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.Abort()
+}
+
+// EndPaced ends the connections of a route evenly within window, in random
+// order and with the last one due when it ends, so that their clients do not
+// all return at once.
+func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
+	conns := r.live(route)
+	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
+	now := time.Now()
+	for i, c := range conns {
+		c.CloseAt(now.Add(window*time.Duration(i+1)/time.Duration(len(conns))), e)
+	}
+	return len(conns)
+}
+
+// KeepAll lifts what EndPaced planned for connections that are still open.
+func (r *Registry) KeepAll(route *Route) {
+	for _, c := range r.live(route) {
+		if at, _ := c.PlannedEnd(); !at.IsZero() {
+			c.CloseAt(time.Time{}, Ending{})
+		}
+	}
+}
+
+// ReconsiderAll tells the owners of a route's connections that its settings
+// have changed.
+func (r *Registry) ReconsiderAll(route *Route) {
+	for _, c := range r.live(route) {
+		c.reg.mu.Lock()
+		owner := c.owner
+		c.reg.mu.Unlock()
+		owner.Reconsider()
+	}
+}
+
+// live returns the connections of a route, or all for nil.
+func (r *Registry) live(route *Route) []*Conn {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	conns := make([]*Conn, 0, len(r.byID))
+	for _, s := range r.order {
+		if s.conn != nil && (route == nil || s.conn.route == route) {
+			conns = append(conns, s.conn)
+		}
+	}
+	return conns
+}
+
+// remove takes a closed connection out of the index. mu is held.
+func (r *Registry) remove(c *Conn) {
+	delete(r.byID, c.id)
+	i := r.indexAfter(c.id) - 1
+	r.order[i].conn = nil
+	r.dead++
+	if r.dead > len(r.byID)+64 {
+		r.compact()
+	}
+	c.route.conns--
+	r.dropUnused(c.route)
+	if !c.openedAt.IsZero() {
+		r.closed[c.reason]++
+	}
+	if r.stopping && len(r.byID) == 0 {
+		close(r.drained)
+	}
+}
+
+// indexAfter returns the index in order of the first slot younger than id. mu is held.
+func (r *Registry) indexAfter(id string) int {
+	return sort.Search(len(r.order), func(i int) bool { return r.order[i].id > id })
+}
+
+// compact drops the empty slots; as many ended as are left, so its cost is
+// spread over them. mu is held.
+func (r *Registry) compact() {
+	kept := make([]slot, 0, 2*len(r.byID)+64)
+	for _, s := range r.order {
+		if s.conn != nil {
+			kept = append(kept, s)
+		}
+	}
+	r.order, r.dead = kept, 0
+}

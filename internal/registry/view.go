@@ -1,0 +1,157 @@
+package registry
+
+import (
+	"strconv"
+	"time"
+)
+
+// View is a connection as the admin API shows it. Durations are in seconds.
+type View struct {
+	ID          string    `json:"id"`
+	Kind        Kind      `json:"kind"`
+	Route       string    `json:"route"`
+	State       string    `json:"state"`
+	Reason      Reason    `json:"reason,omitempty"`
+	Client      string    `json:"client"`
+	Upstream    string    `json:"upstream"`
+	Dial        string    `json:"dial"`
+	Host        string    `json:"host"`
+	URI         string    `json:"uri"`
+	SNI         string    `json:"sni,omitempty"`
+	Protocol    string    `json:"protocol"`
+	Subprotocol string    `json:"subprotocol,omitempty"`
+	OpenedAt    time.Time `json:"opened_at"` // while connecting: when it was admitted
+	Age         float64   `json:"age"`
+	Idle        float64   `json:"idle"`
+	BytesIn     uint64    `json:"bytes_in"`
+	BytesOut    uint64    `json:"bytes_out"`
+	MessagesIn  uint64    `json:"messages_in"`
+	MessagesOut uint64    `json:"messages_out"`
+}
+
+// View returns the connection as it is now.
+func (c *Conn) View() View {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.view(time.Now())
+}
+
+// view is View with Registry.mu held.
+func (c *Conn) view(now time.Time) View {
+	v := View{
+		ID: c.id, Kind: c.info.Kind, Route: c.route.key.name, State: c.state.String(), Reason: c.reason,
+		Client: c.info.Client, Dial: c.dial, Host: c.info.Host, URI: c.info.URI, SNI: c.info.SNI,
+		Protocol: c.info.Protocol, Subprotocol: c.subprotocol, OpenedAt: c.opened(),
+		BytesIn: c.bytes[In].Load(), BytesOut: c.bytes[Out].Load(),
+		MessagesIn: c.messages[In].Load(), MessagesOut: c.messages[Out].Load(),
+	}
+	if c.upstream != nil {
+		v.Upstream = c.upstream.name
+	}
+	v.Age = now.Sub(v.OpenedAt).Seconds()
+	v.Idle = max(0, now.Sub(c.accepted)-time.Duration(c.lastData.Load())).Seconds()
+	return v
+}
+
+// opened is when the connection was opened, or admitted if it has not been.
+func (c *Conn) opened() time.Time {
+	if c.openedAt.IsZero() {
+		return c.accepted
+	}
+	return c.openedAt
+}
+
+// Filter selects connections. The zero value selects all.
+type Filter struct {
+	Kind     Kind
+	Route    string
+	Upstream string
+	State    *State
+	Client   string
+	MinAge   time.Duration
+}
+
+// List returns up to limit connections in order of age, the oldest first, that
+// are younger than the one with the id after, and the id to go on after if there
+// are more. A listing by pages shows each connection that lives through it once.
+func (r *Registry) List(f Filter, limit int, after string) (page []View, next string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	page = []View{}
+	for _, s := range r.order[r.indexAfter(after):] {
+		if s.conn == nil || !f.selects(s.conn, now) {
+			continue
+		}
+		if len(page) == limit {
+			return page, page[limit-1].ID
+		}
+		page = append(page, s.conn.view(now))
+	}
+	return page, ""
+}
+
+// selects reports whether f selects c. Registry.mu is held.
+func (f Filter) selects(c *Conn, now time.Time) bool {
+	upstream := ""
+	if c.upstream != nil {
+		upstream = c.upstream.name
+	}
+	return (f.Kind == "" || f.Kind == c.info.Kind) &&
+		(f.Route == "" || f.Route == c.route.key.name) &&
+		(f.Upstream == "" || f.Upstream == upstream) &&
+		(f.State == nil || *f.State == c.state) &&
+		(f.Client == "" || f.Client == c.info.Client) &&
+		(f.MinAge == 0 || now.Sub(c.opened()) >= f.MinAge)
+}
+
+// Stats are the registry's totals. All but ClosedByReason are of live connections.
+type Stats struct {
+	Total          int               `json:"total"`
+	ByKind         map[Kind]int      `json:"by_kind"`
+	ByRoute        map[string]int    `json:"by_route"`
+	ByUpstream     map[string]int    `json:"by_upstream"`
+	ByState        map[string]int    `json:"by_state"`
+	ClosedByReason map[Reason]uint64 `json:"closed_by_reason"`
+	AgeSeconds     Ages              `json:"age_seconds"`
+}
+
+// Ages counts connections by age: those not older than each bound in seconds,
+// and "+Inf" for all.
+type Ages struct {
+	LE map[string]int `json:"le"`
+}
+
+// Stats returns the totals as they are now.
+func (r *Registry) Stats() Stats {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	s := Stats{
+		Total: len(r.byID), ByKind: map[Kind]int{}, ByRoute: map[string]int{}, ByUpstream: map[string]int{},
+		ByState: map[string]int{}, ClosedByReason: map[Reason]uint64{}, AgeSeconds: Ages{LE: map[string]int{}},
+	}
+	for reason, n := range r.closed {
+		s.ClosedByReason[reason] = n
+	}
+	younger := make([]int, len(ageBuckets))
+	for _, c := range r.byID {
+		s.ByKind[c.info.Kind]++
+		s.ByRoute[c.route.key.name]++
+		s.ByState[c.state.String()]++
+		if c.upstream != nil {
+			s.ByUpstream[c.upstream.name]++
+		}
+		age := now.Sub(c.opened()).Seconds()
+		for i, bound := range ageBuckets {
+			if age <= bound {
+				younger[i]++
+			}
+		}
+	}
+	for i, bound := range ageBuckets {
+		s.AgeSeconds.LE[strconv.FormatFloat(bound, 'f', -1, 64)] = younger[i]
+	}
+	s.AgeSeconds.LE["+Inf"] = len(r.byID)
+	return s
+}

@@ -1,0 +1,182 @@
+package session
+
+import (
+	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+)
+
+// The close codes that the session sends of its own (RFC 6455 §7.4.1 and the
+// IANA registry).
+const (
+	codeNone           = 0 // no close frame: the peer is gone, or gets the other's
+	codeGoingAway      = 1001
+	codeProtocolError  = 1002
+	codeServiceRestart = 1012
+	codeBadGateway     = 1014
+)
+
+// farewell is what the peers get when a session ends for a reason.
+type farewell struct {
+	client, backend uint16
+	text            string // for the client
+}
+
+// farewells says what the peers get, by reason. What is not in here are close
+// frames of a peer, which are passed on as they are.
+var farewells = map[registry.Reason]farewell{
+	registry.ClientGone:     {codeNone, codeGoingAway, ""},
+	registry.BackendLost:    {codeBadGateway, codeNone, "backend connection lost"},
+	registry.BackendBroke:   {codeBadGateway, codeProtocolError, "backend protocol error"},
+	registry.ClientProtocol: {codeProtocolError, codeGoingAway, "protocol error"},
+	registry.Idle:           {codeGoingAway, codeGoingAway, "idle"},
+	registry.NoData:         {codeGoingAway, codeGoingAway, "no data"},
+	registry.Lifetime:       {codeGoingAway, codeGoingAway, "end of lifetime"},
+	registry.Orphan:         {codeGoingAway, codeGoingAway, "route removed"},
+	registry.PingTimeout:    {codeGoingAway, codeGoingAway, "ping timeout"},
+	registry.WriteTimeout:   {codeGoingAway, codeGoingAway, "write timeout"},
+	registry.Shutdown:       {codeServiceRestart, codeGoingAway, "server shutting down"},
+	registry.Admin:          {codeGoingAway, codeGoingAway, ""},
+}
+
+// offended is the reason when the peer of l broke the protocol.
+func offended(l *leg) registry.Reason {
+	if l.side == clientSide {
+		return registry.ClientProtocol
+	}
+	return registry.BackendBroke
+}
+
+// vanished is the reason when the peer of l is gone without a close frame.
+func vanished(l *leg) registry.Reason {
+	if l.side == clientSide {
+		return registry.ClientGone
+	}
+	return registry.BackendLost
+}
+
+// End leaves close frames with the legs, as the reason wants, and bounds what
+// is still being written. The record calls it, once.
+func (s *Session) End(e registry.Ending) {
+	f := farewells[e.Reason]
+	if e.Code != 0 {
+		f.client = e.Code
+	}
+	if e.Text != "" {
+		f.text = e.Text
+	}
+	s.mu.Lock()
+	s.closing = true
+	s.closingBy = s.now() + registry.ClosingTimeout
+	s.client().leaveClose(f.client, f.text)
+	s.backend().leaveClose(f.backend, "")
+	var lost *leg
+	switch e.Reason {
+	case registry.ClientGone:
+		lost = s.client()
+	case registry.BackendLost:
+		lost = s.backend()
+	}
+	if lost != nil {
+		lost.gone = true
+	}
+	s.mu.Unlock()
+	if lost != nil {
+		lost.cut() // whoever writes there waits for nothing
+	}
+
+	by := time.Now().Add(registry.ClosingTimeout)
+	for side := range s.legs {
+		l := &s.legs[side]
+		_ = l.conn.SetWriteDeadline(by)
+		l.wake()
+	}
+	s.lookIn(activePeriod)
+}
+
+// leaveClose leaves a close frame with l. Session.mu is held.
+func (l *leg) leaveClose(code uint16, text string) {
+	if code != codeNone && !l.said {
+		l.wantClose, l.closeCode, l.closeText = true, code, text
+		l.work.Store(true)
+	}
+}
+
+// closeFrom handles a close frame of src: it is passed on as it is, unless dst
+// was told another end before.
+func (s *Session) closeFrom(src, dst *leg, u frame.Unit) {
+	reason := registry.ClientClosed
+	if src.side == backendSide {
+		reason = registry.BackendClosed
+	}
+	s.rec.Close(registry.Ending{Reason: reason})
+	s.mu.Lock()
+	src.heard, src.echo = true, u.Code
+	pass := !dst.said && !dst.gone && dst.broken == 0
+	if pass {
+		dst.said = true
+	}
+	s.mu.Unlock()
+	if pass {
+		s.say(dst, u.Wire)
+	}
+}
+
+// say writes the close frame of a leg, its last frame.
+func (s *Session) say(l *leg, wire []byte) {
+	s.write(l, wire)
+	s.mu.Lock()
+	l.saidAt = s.now()
+	s.mu.Unlock()
+}
+
+// leave notes that nothing more comes from l: its stream has ended or broken.
+// Without a close frame before it, that ends the session.
+func (s *Session) leave(l *leg) {
+	s.mu.Lock()
+	l.gone = true
+	s.mu.Unlock()
+	s.rec.Close(registry.Ending{Reason: vanished(l)})
+}
+
+// finishedWith reports whether the pump that reads l is through: the peer's
+// stream has ended or, for a client, its close frame has come. A backend closes
+// its connection first, as servers do (RFC 6455 §7.1.1), which leaves the
+// TIME_WAIT with it.
+func (s *Session) finishedWith(l *leg) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return l.gone || l.heard && l.side == clientSide
+}
+
+// tellLast makes sure, when the pump from src leaves, that dst was told the end:
+// what is left with it or, if the peer that closed gets no answer, its own code.
+func (s *Session) tellLast(src, dst *leg) {
+	s.mu.Lock()
+	if dst.heard && !dst.said && !dst.wantClose {
+		dst.wantClose, dst.closeCode, dst.closeText = true, dst.echo, ""
+	}
+	s.mu.Unlock()
+	s.serve(dst)
+}
+
+// checkClosing looks how far the end has come. It gives a leg up that was told
+// the end a second ago, has taken all bytes and says nothing, and cuts both at
+// the end of ClosingTimeout. Session.mu is held.
+func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool) {
+	if now >= s.closingBy {
+		return dormant, true
+	}
+	for side := range s.legs {
+		l := &s.legs[side]
+		if l.gone || !l.said || l.saidAt == 0 || now-l.saidAt < answerTimeout {
+			continue
+		}
+		if info, known := l.ask(); !known || info.Unsent == 0 || info.Reset {
+			l.gone = true
+			l.wake()
+		}
+	}
+	return min(activePeriod/4, s.closingBy-now), false
+}

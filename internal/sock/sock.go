@@ -1,0 +1,84 @@
+// Package sock asks the kernel what a net.Conn's reader and writer cannot tell:
+// whether the peer is gone while nobody reads, and whether it still takes what
+// was written. On systems other than Linux nothing is known, and callers fall
+// back to what their reads and writes return.
+package sock
+
+import (
+	"net"
+	"reflect"
+	"syscall"
+)
+
+// Info is what the kernel knows of a TCP or Unix socket at one moment.
+type Info struct {
+	// Reset: the connection is broken; what was not read is lost.
+	Reset bool
+	// Finished: the peer will send no more than the Unread bytes.
+	Finished bool
+	// Unread is the number of bytes that wait to be read.
+	Unread int
+	// Unsent is the number of bytes written that the peer's kernel has not
+	// acknowledged.
+	Unsent int
+	// Acked counts, for TCP, the bytes that the peer's kernel has acknowledged
+	// over the connection's life; 0 for Unix sockets.
+	Acked uint64
+}
+
+// Ask returns what is known of the socket below conn, through TLS and other
+// wrappers, or false if nothing is.
+func Ask(conn any) (Info, bool) {
+	sc := Below(conn)
+	if sc == nil {
+		return Info{}, false
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return Info{}, false
+	}
+	var info Info
+	var ok bool
+	if rc.Control(func(fd uintptr) { info, ok = ask(int(fd)) }) != nil {
+		return Info{}, false
+	}
+	return info, ok
+}
+
+// Below returns the socket at the bottom of conn's wrappers, or nil if there is
+// one that hides it.
+func Below(conn any) syscall.Conn {
+	for conn != nil {
+		switch c := conn.(type) {
+		case syscall.Conn:
+			return c
+		case interface{ NetConn() net.Conn }: // *tls.Conn
+			conn = c.NetConn()
+		case interface{ Raw() net.Conn }: // *proxyproto.Conn
+			conn = c.Raw()
+		default:
+			conn = embedded(conn)
+		}
+	}
+	return nil
+}
+
+// embedded returns the net.Conn that a wrapper embeds in its exported field
+// Conn, as Caddy's http2Conn does, which has no method to ask for it.
+func embedded(conn any) any {
+	v := reflect.ValueOf(conn)
+	if v.Kind() == reflect.Pointer {
+		v = v.Elem()
+	}
+	if v.Kind() != reflect.Struct {
+		return nil
+	}
+	if f, ok := v.Type().FieldByName("Conn"); !ok || !f.Anonymous {
+		return nil
+	}
+	inner, ok := v.FieldByName("Conn").Interface().(net.Conn)
+	if !ok || inner == nil {
+		return nil
+	}
+	return inner
+}

@@ -1,0 +1,162 @@
+package holdfast
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
+)
+
+// live is what outlives every config of the process: the connections, their
+// routes, and which configs are in force.
+var live = &lifecycle{registry: registry.New()}
+
+// lifecycle decides what a config's coming and going means for connections.
+// During a reload two configs serve at once, and the newer one may yet fail;
+// so nothing irreversible happens when one starts, and all of it, the end of
+// connections whose route is gone, happens when one stops.
+type lifecycle struct {
+	registry *registry.Registry
+
+	mu      sync.Mutex    // guards what follows, and the generations' fields
+	started []*generation // the configs in force, oldest first
+}
+
+// generation is what one config says. It holds plain values only: it may be
+// kept by what outlives the config.
+type generation struct {
+	orphanTimeout   time.Duration
+	shutdownTimeout time.Duration
+	routes          map[string]*declaration // complete when the config is provisioned
+	logger          *zap.Logger
+
+	retained bool
+	stopped  bool
+}
+
+// declaration is a route as a config declares it.
+type declaration struct {
+	by       string // the first handler that declared it, for error messages
+	config   string // that handler's JSON
+	settings session.Settings
+	route    *registry.Route // set once the generation is retained
+}
+
+// declare adds a route to the generation. Handlers of the same name share a
+// route if they say the same.
+func (g *generation) declare(name, by, config string, settings session.Settings) error {
+	d, ok := g.routes[name]
+	if !ok {
+		g.routes[name] = &declaration{by: by, config: config, settings: settings}
+		return nil
+	}
+	if d.config != config {
+		return fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
+	}
+	return nil
+}
+
+// start puts a generation in force: the settings of its routes count from now
+// on, for live connections too. Connections whose route has come back stay.
+func (l *lifecycle) start(g *generation) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.retain(g)
+	l.started = append(l.started, g)
+	l.apply(g)
+}
+
+// stop takes a generation back. The newest one that is left is in force again,
+// which is the roll-back of a reload that failed. Routes that nobody declares
+// any more are gone: their connections are closed within the orphan timeout.
+func (l *lifecycle) stop(g *generation) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if g.stopped {
+		return
+	}
+	g.stopped = true
+	for i, s := range l.started {
+		if s == g {
+			l.started = append(l.started[:i:i], l.started[i+1:]...)
+			break
+		}
+	}
+	rule := g
+	if n := len(l.started); n > 0 {
+		rule = l.started[n-1]
+		l.apply(rule)
+	}
+	if !g.retained {
+		return
+	}
+	for name, d := range g.routes {
+		if l.registry.Release(d.route) {
+			continue
+		}
+		n := l.registry.EndPaced(d.route, rule.orphanTimeout, registry.Ending{Reason: registry.Orphan})
+		if n > 0 {
+			rule.logger.Info("route is gone, closing its connections",
+				zap.String("route", name), zap.Int("count", n), zap.Duration("duration", rule.orphanTimeout))
+		}
+	}
+}
+
+// route returns the live route of a name, or nil if it is gone. A request may be
+// served before all apps of its config have started, so the first one retains
+// the routes; and after the config has been stopped, when the route is the one
+// of the config that followed.
+func (l *lifecycle) route(g *generation, name string) *registry.Route {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if g.stopped && len(l.started) > 0 {
+		g = l.started[len(l.started)-1]
+	}
+	l.retain(g)
+	d := g.routes[name]
+	if d == nil {
+		return nil
+	}
+	return d.route
+}
+
+// shutdown ends all connections, for good.
+func (l *lifecycle) shutdown(g *generation) {
+	ctx, cancel := context.WithTimeout(context.Background(), g.shutdownTimeout)
+	defer cancel()
+	n, began := l.registry.Len(), time.Now()
+	cut := l.registry.Shutdown(ctx)
+	if n > 0 {
+		g.logger.Info("closed all connections",
+			zap.Int("count", n), zap.Int("cut", cut), zap.Duration("duration", time.Since(began)))
+	}
+}
+
+// retain makes the live routes of a generation. mu is held.
+func (l *lifecycle) retain(g *generation) {
+	if g.retained || g.stopped {
+		return
+	}
+	g.retained = true
+	for name, d := range g.routes {
+		d.route = l.registry.Retain(registry.WebSocket, name)
+		// The first settings of a new route; a route in force keeps its own
+		// until this generation starts.
+		d.route.Settings.CompareAndSwap(nil, d.settings)
+	}
+}
+
+// apply lets the settings of a generation count. mu is held.
+func (l *lifecycle) apply(g *generation) {
+	for _, d := range g.routes {
+		l.registry.KeepAll(d.route)
+		if d.route.Settings.Swap(d.settings) != d.settings {
+			l.registry.ReconsiderAll(d.route)
+		}
+	}
+}

@@ -1,0 +1,164 @@
+// Package holdfast is a Caddy plugin that keeps long-lived client connections
+// alive while everything behind them changes.
+//
+// It is three modules: the HTTP handler websocket_proxy (handler.go), the app
+// connection_registry with its admin API (here), and what the plugin brings for
+// layer 4 (l4passthrough.go). Upstream pools are in pool.go, what outlives a
+// config in lifecycle.go, the Caddyfile syntax in caddyfile.go. The mechanisms
+// are packages below internal; docs/architecture.md shows how they fit together.
+package holdfast
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/adminapi"
+)
+
+func init() {
+	caddy.RegisterModule(new(ConnectionRegistry))
+	caddy.RegisterModule(new(AdminAPI))
+	caddy.RegisterModule(new(WebSocketProxy))
+}
+
+// Defaults of the connection registry.
+const (
+	defaultOrphanTimeout   = 10 * time.Second
+	defaultShutdownTimeout = 10 * time.Second
+)
+
+// ConnectionRegistry is the app that knows every connection of this plugin. It
+// is loaded by itself with the first handler that needs it; configure it to
+// change its settings. Connections outlive the config that accepted them: the
+// registry itself is one per process.
+type ConnectionRegistry struct {
+	// How long connections live on whose route is gone from the config. They
+	// are closed evenly over that time, with code 1001. Zero closes them at once.
+	// Default: `10s`.
+	OrphanTimeout *caddy.Duration `json:"orphan_timeout,omitempty"`
+
+	// How long a stop of Caddy may take for telling all clients, with code 1012,
+	// and for what they still have to be sent. The stop is over as soon as all
+	// connections have ended; those left after this time are cut. Zero cuts them
+	// at once.
+	// Default: `10s`.
+	ShutdownTimeout *caddy.Duration `json:"shutdown_timeout,omitempty"`
+
+	logger     *zap.Logger
+	generation *generation
+	ordinals   map[string]int // handlers without a name, by server
+}
+
+// CaddyModule returns the module's information.
+func (*ConnectionRegistry) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "connection_registry",
+		New: func() caddy.Module { return new(ConnectionRegistry) },
+	}
+}
+
+// Provision sets the app up. Nothing outside it changes before Start: the config
+// may yet fail to load, or only be validated.
+func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
+	a.logger = ctx.Logger()
+	a.ordinals = make(map[string]int)
+	a.generation = &generation{
+		orphanTimeout:   durationOr(a.OrphanTimeout, defaultOrphanTimeout),
+		shutdownTimeout: durationOr(a.ShutdownTimeout, defaultShutdownTimeout),
+		routes:          make(map[string]*declaration),
+		logger:          a.logger,
+	}
+	for _, c := range live.registry.Collectors() {
+		var already prometheus.AlreadyRegisteredError
+		if err := ctx.GetMetricsRegistry().Register(c); err != nil && !errors.As(err, &already) {
+			a.logger.Warn("registering metrics", zap.Error(err))
+		}
+	}
+	events, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting events app: %w", err)
+	}
+	// The event comes before any app is stopped, so neither the order in which
+	// apps stop nor the http app's grace period delays the close frames.
+	return events.(*caddyevents.App).On("stopping", a)
+}
+
+// Validate refuses settings that mean nothing.
+func (a *ConnectionRegistry) Validate() error {
+	for name, d := range map[string]*caddy.Duration{
+		"orphan_timeout": a.OrphanTimeout, "shutdown_timeout": a.ShutdownTimeout,
+	} {
+		if d != nil && *d < 0 {
+			return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
+		}
+	}
+	return nil
+}
+
+// Start makes this config's routes and settings the ones in force.
+func (a *ConnectionRegistry) Start() error {
+	live.start(a.generation)
+	return nil
+}
+
+// Stop takes them back. It does not wait for connections; see Handle.
+func (a *ConnectionRegistry) Stop() error {
+	live.stop(a.generation)
+	return nil
+}
+
+// Cleanup gives back what a config took that was used, but never started.
+func (a *ConnectionRegistry) Cleanup() error {
+	if a.generation != nil {
+		live.stop(a.generation)
+	}
+	return nil
+}
+
+// Handle ends all connections when the process stops. Reloads, which emit the
+// same event, leave them alone.
+func (a *ConnectionRegistry) Handle(context.Context, caddy.Event) error {
+	if caddy.Exiting() {
+		live.shutdown(a.generation)
+	}
+	return nil
+}
+
+// AdminAPI serves the registry at Caddy's admin endpoint, below /connections.
+type AdminAPI struct{}
+
+// CaddyModule returns the module's information.
+func (*AdminAPI) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "admin.api.connections",
+		New: func() caddy.Module { return new(AdminAPI) },
+	}
+}
+
+// Routes returns the API's routes. They are made for every config, also for one
+// that then fails, and never cleaned up: they hold nothing but the registry.
+func (*AdminAPI) Routes() []caddy.AdminRoute { return adminapi.Routes(live.registry) }
+
+func durationOr(d *caddy.Duration, otherwise time.Duration) time.Duration {
+	if d == nil {
+		return otherwise
+	}
+	return time.Duration(*d)
+}
+
+// Interface guards
+var (
+	_ caddy.App           = (*ConnectionRegistry)(nil)
+	_ caddy.Provisioner   = (*ConnectionRegistry)(nil)
+	_ caddy.Validator     = (*ConnectionRegistry)(nil)
+	_ caddy.CleanerUpper  = (*ConnectionRegistry)(nil)
+	_ caddyevents.Handler = (*ConnectionRegistry)(nil)
+	_ caddy.AdminRouter   = (*AdminAPI)(nil)
+)

@@ -1,5 +1,4 @@
-// This file runs Caddy inside the demo: the addresses it gets, the Caddyfile,
-// starting and stopping.
+// This file runs Caddy inside the demo: the addresses it gets, its Caddyfile.
 package main
 
 import (
@@ -83,27 +82,21 @@ func reserve(flag, addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// startCaddy runs Caddy in this process and returns what stops it.
-func startCaddy(config demoConfig) (stop func(), err error) {
+// startCaddy runs Caddy in this process.
+func startCaddy(config *demoConfig) error {
 	var text bytes.Buffer
-	if err := caddyfile.Execute(&text, &config); err != nil {
-		return nil, fmt.Errorf("filling in the Caddyfile: %w", err)
+	if err := caddyfile.Execute(&text, config); err != nil {
+		return fmt.Errorf("filling in the Caddyfile: %w", err)
 	}
 	adapted, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt(text.Bytes(), nil)
 	if err != nil {
-		return nil, fmt.Errorf("adapting the Caddyfile: %w", err)
+		return fmt.Errorf("adapting the Caddyfile: %w", err)
 	}
 	for _, w := range warnings {
 		fmt.Fprintln(os.Stderr, "demo: Caddyfile:", w.String())
 	}
 	if err := caddy.Load(adapted, false); err != nil {
-		return nil, fmt.Errorf("starting Caddy: %w", err)
+		return fmt.Errorf("starting Caddy: %w", err)
 	}
-	return stopCaddy, nil
-}
-
-func stopCaddy() {
-	if err := caddy.Stop(); err != nil {
-		fmt.Fprintln(os.Stderr, "demo: stopping Caddy:", err)
-	}
+	return nil
 }

@@ -129,7 +129,7 @@ func TestTakenPortNamesItsFlag(t *testing.T) {
 		{"--listen", taken, "127.0.0.1:0"},
 		{"--admin", "127.0.0.1:0", taken},
 	} {
-		err := runDemo(t.Context(), test.listen, test.admin, io.Discard)
+		err := runDemo(test.listen, test.admin, io.Discard)
 		if err == nil || !strings.HasPrefix(err.Error(), test.flag+" "+taken) {
 			t.Errorf("got error %v, want one that starts with %s %s", err, test.flag, taken)
 		}
@@ -142,6 +142,7 @@ type demo struct {
 	url      string
 	backends []string      // addresses
 	pids     []int         // of the backends
+	scratch  string        // where it may leave files while it runs
 	done     chan struct{} // closed by drain when the process has ended
 	err      error         // how it ended; read it after done
 }
@@ -171,8 +172,8 @@ var (
 
 func startDemo(t *testing.T, binary string, args ...string) *demo {
 	t.Helper()
-	d := &demo{cmd: exec.Command(binary, args...), done: make(chan struct{})}
-	d.cmd.Env = append(os.Environ(), "HOLDFAST_DEMO_MAIN=1")
+	d := &demo{cmd: exec.Command(binary, args...), scratch: t.TempDir(), done: make(chan struct{})}
+	d.cmd.Env = append(os.Environ(), "HOLDFAST_DEMO_MAIN=1", "TMPDIR="+d.scratch)
 	d.cmd.Stderr = os.Stderr
 	stdout, err := d.cmd.StdoutPipe()
 	if err != nil {
@@ -233,6 +234,9 @@ func (d *demo) interrupt(t *testing.T) {
 		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
 			t.Errorf("backend process %d is still there (%v)", pid, err)
 		}
+	}
+	if left, err := os.ReadDir(d.scratch); err != nil || len(left) > 0 {
+		t.Errorf("got files %v, error %v in the temporary directory; want none", left, err)
 	}
 }
 

@@ -15,7 +15,10 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 func main() {
@@ -44,18 +47,13 @@ func backendMain(args []string) error {
 }
 
 func demoMain(args []string) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	// From the first signal on, a second one kills as usual.
-	context.AfterFunc(ctx, stop)
-
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:8080", "`address` of the page, port 0 for a free port")
 	admin := flags.String("admin", "127.0.0.1:2019", "`address` of Caddy's admin API, port 0 for a free port")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	return runDemo(ctx, *listen, *admin, os.Stdout)
+	return runDemo(*listen, *admin, os.Stdout)
 }
 
 func parse(flags *flag.FlagSet, args []string) error {
@@ -85,64 +83,90 @@ func exitCode(err error) int {
 	return 1
 }
 
-// runDemo starts the backends, the page and Caddy, in that order, runs until
-// ctx ends, and stops them the other way round.
-func runDemo(ctx context.Context, listen, admin string, stdout io.Writer) error {
+// runDemo returns only if the demo cannot start. From then on it ends as a
+// Caddy does, on Ctrl-C, SIGTERM or POST /stop to the admin API: apps and
+// plugins know that it is no reload, clients are told, and then the rest is
+// stopped.
+func runDemo(listen, admin string, stdout io.Writer) error {
+	r, err := launch(listen, admin)
+	if err != nil {
+		return err
+	}
+	caddy.OnExit(func(context.Context) { r.stop() })
+	caddy.TrapSignals()
+
+	for _, c := range r.children {
+		fmt.Fprintf(stdout, "backend %s on %s, process %d\n", c.name, c.address(), c.pid())
+	}
+	fmt.Fprintf(stdout, "registry on http://%s/connections\n", r.config.API())
+	fmt.Fprintf(stdout, "\nopen %s\n\n(Ctrl-C ends it)\n", r.config.URL())
+	select {}
+}
+
+// running is a demo that has started.
+type running struct {
+	config   demoConfig
+	children []*child
+	undo     []func()
+}
+
+// stop undoes all steps of launch, the last one first, but for Caddy.
+func (r *running) stop() {
+	for _, f := range slices.Backward(r.undo) {
+		f()
+	}
+}
+
+// launch starts the backends, the page and Caddy, in that order.
+func launch(listen, admin string) (_ *running, err error) {
+	r := new(running)
+	defer func() {
+		if err != nil {
+			r.stop()
+		}
+	}()
+
 	// Both addresses are held until Caddy takes them, so that no backend is
 	// given one of them as its free port.
 	site, err := reserve("--listen", listen)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer site.Close()
 	api, err := reserve("--admin", admin)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer api.Close()
+	r.config.Listen, r.config.Admin = site.Addr().String(), api.Addr().String()
 
-	alder, birch := newChild("alder"), newChild("birch")
-	for _, c := range []*child{alder, birch} {
+	for _, name := range []string{"alder", "birch"} {
+		c := newChild(name)
 		if err := c.start(); err != nil {
-			return err
+			return nil, err
 		}
-		defer c.stop()
+		r.undo = append(r.undo, c.stop)
+		r.children = append(r.children, c)
+		r.config.Backends = append(r.config.Backends, c.address())
 	}
 
-	front, err := startFront(alder, birch)
+	front, err := startFront(r.children...)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer front.stop()
+	r.undo = append(r.undo, front.stop)
+	r.config.Front = front.address()
 
-	scratch, err := os.MkdirTemp("", "holdfast-demo-")
+	r.config.Storage, err = os.MkdirTemp("", "holdfast-demo-")
 	if err != nil {
-		return fmt.Errorf("making a directory for Caddy's storage: %w", err)
+		return nil, fmt.Errorf("making a directory for Caddy's storage: %w", err)
 	}
-	defer os.RemoveAll(scratch)
+	r.undo = append(r.undo, func() { os.RemoveAll(r.config.Storage) })
 
-	config := demoConfig{
-		Listen:   site.Addr().String(),
-		Admin:    api.Addr().String(),
-		Backends: []string{alder.address(), birch.address()},
-		Front:    front.address(),
-		Storage:  scratch,
-	}
 	site.Close()
 	api.Close()
-	stopCaddy, err := startCaddy(config)
-	if err != nil {
-		return err
+	if err := startCaddy(&r.config); err != nil {
+		return nil, err
 	}
-	defer stopCaddy()
-
-	for _, c := range []*child{alder, birch} {
-		fmt.Fprintf(stdout, "backend %s on %s, process %d\n", c.name, c.address(), c.pid())
-	}
-	fmt.Fprintf(stdout, "registry on http://%s/connections\n", config.Admin)
-	fmt.Fprintf(stdout, "\nopen %s\n\n(Ctrl-C ends it)\n", config.URL())
-
-	<-ctx.Done()
-	fmt.Fprintln(stdout, "stopping")
-	return nil
+	return r, nil
 }

@@ -14,7 +14,7 @@ import (
 // one is pooled, taken when a frame does not fit the small one, and given back
 // as soon as everything in it is used; 72 KiB hold a frame of 64 KiB whole.
 const (
-	smallBuffer = 512
+	smallBuffer = 480
 	largeBuffer = 72 << 10
 
 	// headroom lies free before the first byte read, so that the header of a
@@ -28,7 +28,8 @@ var largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 var errBufferFull = errors.New("frame buffer is full of an unfinished frame")
 
 // Unit is one complete frame as it is passed on: a frame of the peer, or a
-// fragment of one. Its slices are valid until the next Fill.
+// fragment of one. It is valid until the next call of Next, its slices until the
+// next Fill.
 type Unit struct {
 	Op      ws.OpCode // ws.OpContinuation for what continues a message
 	Wire    []byte    // header and payload, as they are to be written
@@ -59,12 +60,13 @@ type Reader struct {
 	compressed bool // permessage-deflate is agreed (RFC 7692 §6): RSV1 may open a message
 
 	fragmented bool      // a message has begun and has not ended
-	head       ws.Header // the frame in progress …
+	head       ws.Header // the frame last looked at, which may be in progress …
 	rest       int64     // … and how much of its payload has not been handed out
 
 	large *[largeBuffer]byte // nil while the small buffer is in use
 	r, w  int                // what is buffered: buf()[r:w]
 
+	unit    Unit         // what Next returned; kept here to keep stacks small
 	from    bytes.Reader // for ws.ReadHeaderBuffer
 	scratch [ws.MaxHeaderSize]byte
 	small   [smallBuffer]byte
@@ -118,47 +120,47 @@ func (r *Reader) Release() {
 	r.r, r.w = headroom, headroom
 }
 
-// Next returns the next unit, or false if Fill has to be called first. An error
-// is a ProtocolError; nothing of the offending frame was or will be handed out.
-func (r *Reader) Next() (Unit, bool, error) {
+// Next returns the next unit, or nil if Fill has to be called first. An error is a
+// ProtocolError; nothing of the offending frame was or will be handed out.
+func (r *Reader) Next() (*Unit, error) {
 	if r.rest > 0 {
-		u, ok := r.nextFragment()
-		return u, ok, nil
+		return r.nextFragment(), nil
 	}
-	h, size, err := r.peekHeader()
+	size, err := r.peekHeader()
 	if err != nil || size == 0 {
-		return Unit{}, false, err
+		return nil, err
 	}
-	if err := r.check(h, size); err != nil {
-		return Unit{}, false, err
+	if err := r.check(size); err != nil {
+		return nil, err
 	}
-	if int64(r.w-r.r-size) >= h.Length {
-		return r.nextWhole(h, size)
+	payload := r.w - r.r - size
+	if int64(payload) >= r.head.Length {
+		return r.nextWhole(size)
 	}
-	if h.OpCode.IsControl() || r.w-r.r-size < MinFragment {
-		return Unit{}, false, nil
+	if r.head.OpCode.IsControl() || payload < MinFragment {
+		return nil, nil
 	}
-	return r.firstFragment(h, size), true, nil
+	return r.firstFragment(size), nil
 }
 
-// peekHeader decodes the header at the front of the buffer. The size it took
-// there is 0 if not all of it has arrived.
-func (r *Reader) peekHeader() (h ws.Header, size int, err error) {
+// peekHeader decodes the header at the front of the buffer into head. The size
+// it took there is 0 if not all of it has arrived.
+func (r *Reader) peekHeader() (size int, err error) {
 	b := r.buf()[r.r:r.w]
 	if len(b) < 2 || len(b) < wireHeaderSize(b[1]) {
-		return h, 0, nil
+		return 0, nil
 	}
 	r.from.Reset(b)
-	h, err = ws.ReadHeaderBuffer(&r.from, r.scratch[:])
+	r.head, err = ws.ReadHeaderBuffer(&r.from, r.scratch[:])
 	if err != nil {
 		// All bytes are there, so the one thing that can be wrong is the length.
-		return h, 0, errLengthTopBit
+		return 0, errLengthTopBit
 	}
-	return h, wireHeaderSize(b[1]), nil
+	return wireHeaderSize(b[1]), nil
 }
 
 // check applies RFC 6455 §5.2 to §5.5 to the header of a frame.
-func (r *Reader) check(h ws.Header, size int) error {
+func (r *Reader) check(size int) error {
 	state := ws.StateExtended // reserved bits are judged below
 	if r.masked {
 		state = state.Set(ws.StateServerSide)
@@ -168,56 +170,57 @@ func (r *Reader) check(h ws.Header, size int) error {
 	if r.fragmented {
 		state = state.Set(ws.StateFragmented)
 	}
-	if err := ws.CheckHeader(h, state); err != nil {
+	if err := ws.CheckHeader(r.head, state); err != nil {
 		return err
 	}
-	if h.Rsv != 0 {
+	if r.head.Rsv != 0 {
 		// RFC 7692 §6.1: RSV1 on the first frame of a message, nothing else.
-		opens := h.OpCode == ws.OpText || h.OpCode == ws.OpBinary
-		if !r.compressed || !opens || h.Rsv != ws.Rsv(true, false, false) {
+		opens := r.head.OpCode == ws.OpText || r.head.OpCode == ws.OpBinary
+		if !r.compressed || !opens || r.head.Rsv != ws.Rsv(true, false, false) {
 			return errRSV
 		}
 	}
-	if size != ws.HeaderSize(h) {
+	if size != ws.HeaderSize(r.head) {
 		return errLengthNotMinimal
 	}
 	return nil
 }
 
 // nextWhole hands out a frame that has arrived completely.
-func (r *Reader) nextWhole(h ws.Header, size int) (Unit, bool, error) {
-	end := r.r + size + int(h.Length)
+func (r *Reader) nextWhole(size int) (*Unit, error) {
+	end := r.r + size + int(r.head.Length)
 	wire := r.buf()[r.r:end]
-	u := Unit{Op: h.OpCode, Wire: wire, Payload: wire[size:], Mask: h.Mask}
+	u := &r.unit
+	*u = Unit{Op: r.head.OpCode, Wire: wire, Payload: wire[size:], Mask: r.head.Mask}
 	if u.Data() {
-		u.First, u.Last = h.OpCode != ws.OpContinuation, h.Fin
-		r.fragmented = !h.Fin
-	} else if h.OpCode == ws.OpClose {
+		u.First, u.Last = u.Op != ws.OpContinuation, r.head.Fin
+		r.fragmented = !r.head.Fin
+	} else if u.Op == ws.OpClose {
 		var err error
 		if u.Code, u.Reason, err = parseClose(u.Unmasked()); err != nil {
-			return Unit{}, false, err
+			return nil, err
 		}
 	}
 	r.r = end
-	return u, true, nil
+	return u, nil
 }
 
 // firstFragment hands out what has arrived of a frame that is not complete.
-func (r *Reader) firstFragment(h ws.Header, size int) Unit {
-	r.head, r.rest = h, h.Length
+func (r *Reader) firstFragment(size int) *Unit {
+	r.rest = r.head.Length
 	r.r += size
-	u := r.fragment(r.w-r.r, h.OpCode, h.Rsv)
-	u.First = h.OpCode != ws.OpContinuation
+	u := r.fragment(r.w-r.r, r.head.OpCode, r.head.Rsv)
+	u.First = u.Op != ws.OpContinuation
 	return u
 }
 
-// nextFragment hands out more of the frame in progress.
-func (r *Reader) nextFragment() (Unit, bool) {
+// nextFragment hands out more of the frame in progress, if enough has arrived.
+func (r *Reader) nextFragment() *Unit {
 	n := r.w - r.r
 	if int64(n) < r.rest && n < MinFragment {
-		return Unit{}, false
+		return nil
 	}
-	return r.fragment(n, ws.OpContinuation, 0), true
+	return r.fragment(n, ws.OpContinuation, 0)
 }
 
 // fragment hands out the next n bytes of the frame in progress, or what is left
@@ -225,26 +228,24 @@ func (r *Reader) nextFragment() (Unit, bool) {
 // the masking key (§5.3) needs no rotation. The header is put right before the
 // payload: there is either the frame's own header, which was no shorter, or
 // what was handed out before the last Fill.
-func (r *Reader) fragment(n int, op ws.OpCode, rsv byte) Unit {
+func (r *Reader) fragment(n int, op ws.OpCode, rsv byte) *Unit {
 	last := int64(n) >= r.rest
 	if last {
 		n = int(r.rest)
 	} else {
 		n &^= 3
 	}
-	h := ws.Header{
-		Fin: last && r.head.Fin, Rsv: rsv, OpCode: op,
-		Masked: r.head.Masked, Mask: r.head.Mask, Length: int64(n),
-	}
+	h := r.head
+	h.Fin, h.Rsv, h.OpCode, h.Length = last && h.Fin, rsv, op, int64(n)
 	head := putHeader(r.scratch[:], h)
 	buf := r.buf()
 	start, end := r.r-len(head), r.r+n
 	copy(buf[start:], head)
-	u := Unit{Op: op, Wire: buf[start:end], Payload: buf[r.r:end], Mask: h.Mask, Last: h.Fin}
+	r.unit = Unit{Op: op, Wire: buf[start:end], Payload: buf[r.r:end], Mask: h.Mask, Last: h.Fin}
 	r.rest -= int64(n)
 	r.r = end
 	r.fragmented = !h.Fin
-	return u
+	return &r.unit
 }
 
 // makeRoom prepares the buffer for a read: the small one whenever nothing is
@@ -270,8 +271,8 @@ func (r *Reader) fitsSmall() bool {
 	if r.rest > 0 {
 		return r.rest <= room
 	}
-	h, size, _ := r.peekHeader()
-	return int64(size)+h.Length <= room
+	size, _ := r.peekHeader()
+	return size == 0 || int64(size)+r.head.Length <= room
 }
 
 // grow moves what is buffered to a large buffer.

@@ -105,7 +105,7 @@ func (l *leg) leaveClose(code uint16, text string) {
 
 // closeFrom handles a close frame of src: it is passed on as it is, unless dst
 // was told another end before.
-func (s *Session) closeFrom(src, dst *leg, u frame.Unit) {
+func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	reason := registry.ClientClosed
 	if src.side == backendSide {
 		reason = registry.BackendClosed

@@ -21,28 +21,27 @@ var errHeardClose = errors.New("close frame received")
 func (s *Session) pump(src, dst *leg, way registry.Direction) {
 	garbled := false // the bytes of src are no frames any more
 	for {
+		if garbled {
+			src.in.Release()
+		} else if err := s.forward(src, dst, way); err != nil {
+			garbled = true
+			if err != errHeardClose {
+				s.rec.Close(registry.Ending{Reason: offended(src)})
+			}
+		}
 		if dst.work.Load() {
 			s.serve(dst)
 		}
 		if s.finishedWith(src) {
 			break
 		}
-		err := s.fill(src)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		switch err := s.fill(src); {
+		case err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded):
 			// Somebody left work. The deadline is lifted before the work is looked
 			// for, and set after it was left: none is missed.
 			_ = src.conn.SetReadDeadline(time.Time{})
-			continue
-		}
-		if garbled {
-			src.in.Release()
-		} else if ferr := s.forward(src, dst, way); ferr != nil {
-			garbled = true
-			if ferr != errHeardClose {
-				s.rec.Close(registry.Ending{Reason: offended(src)})
-			}
-		}
-		if err != nil {
+		default:
 			s.leave(src)
 		}
 	}
@@ -71,8 +70,8 @@ func (s *Session) fill(src *leg) error {
 func (s *Session) forward(src, dst *leg, way registry.Direction) error {
 	var b batch
 	for {
-		u, ok, err := src.in.Next()
-		if err != nil || !ok {
+		u, err := src.in.Next()
+		if err != nil || u == nil {
 			s.flush(src, dst, way, &b)
 			return err
 		}
@@ -101,7 +100,7 @@ type batch struct {
 }
 
 // add takes u into the batch, or returns false if it lies elsewhere.
-func (b *batch) add(u frame.Unit) bool {
+func (b *batch) add(u *frame.Unit) bool {
 	switch {
 	case len(b.wire) == 0:
 		b.wire = u.Wire
@@ -196,7 +195,7 @@ func (s *Session) ping(l *leg, wire []byte) {
 }
 
 // ownPong reports whether u answers a ping of the session, and is not passed on.
-func (s *Session) ownPong(src *leg, u frame.Unit) bool {
+func (s *Session) ownPong(src *leg, u *frame.Unit) bool {
 	if len(u.Payload) != len(s.nonce) || !bytes.Equal(u.Unmasked(), s.nonce[:]) {
 		return false
 	}

@@ -14,8 +14,13 @@ const browser = await chromium.launch({
 	args: ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync"],
 });
+const page = await browser.newPage({ viewport: { width: 1280, height: 800 }, colorScheme: "light" });
 try {
-	await drive(await browser.newPage({ viewport: { width: 1280, height: 800 }, colorScheme: "light" }));
+	await drive(page);
+} catch (error) {
+	await page.screenshot({ path: path.join(screenshots, "demo-failed.png") });
+	console.error(`the page when it failed:\n${await page.locator("body").innerText()}\n`);
+	throw error;
 } finally {
 	await browser.close();
 }

@@ -1,0 +1,113 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gobwas/ws"
+)
+
+// 2000 idle connections cost at most 15 KiB of resident memory each, also after
+// each has echoed a message of 64 KiB; reverse_proxy is measured beside it.
+func TestIdleMemory(t *testing.T) {
+	const clients, most = 2000, 15.0
+	backend := rawBackend(t, echoRaw)
+	ours := startBinary(t, "", "websocket_proxy "+backend)
+	theirs := startBinary(t, "", "reverse_proxy "+backend)
+
+	idle, echoed := costOfIdle(t, ours, clients)
+	idleTheirs, echoedTheirs := costOfIdle(t, theirs, clients)
+	t.Logf("KiB per idle connection: %.1f, reverse_proxy %.1f (ratio %.2f); after one 64 KiB echo: %.1f, reverse_proxy %.1f (ratio %.2f); n=%d",
+		idle, idleTheirs, idle/idleTheirs, echoed, echoedTheirs, echoed/echoedTheirs, clients)
+	if idle > most || echoed > most {
+		t.Errorf("KiB per idle connection: got %.1f and %.1f after an echo, want at most %.0f", idle, echoed, most)
+	}
+}
+
+// costOfIdle opens n connections and returns what each costs in KiB, before and
+// after every one of them has echoed a message of 64 KiB. It closes them.
+func costOfIdle(t *testing.T, p *process, n int) (idle, echoed float64) {
+	t.Helper()
+	// What the first connections cost once is not what each costs.
+	for range 100 {
+		c := rawDial(t, p.addr, "")
+		echoLarge(t, c)
+		c.sendClose(t, 1000, "")
+		_, _, _, _ = c.receiveClose()
+		c.Close()
+	}
+	before := settledMemory(t, p)
+	conns := make([]*rawConn, n)
+	for i := range conns {
+		conns[i] = rawDial(t, p.addr, "")
+		_ = conns[i].SetDeadline(time.Now().Add(2 * time.Minute))
+	}
+	idle = (settledMemory(t, p) - before) / float64(n)
+	var wg sync.WaitGroup
+	for part := range 20 {
+		wg.Go(func() {
+			for i := part; i < n; i += 20 {
+				echoLarge(t, conns[i])
+			}
+		})
+	}
+	wg.Wait()
+	echoed = (settledMemory(t, p) - before) / float64(n)
+	for _, c := range conns {
+		c.Close()
+	}
+	return idle, echoed
+}
+
+// echoLarge sends a message of 64 KiB and reads it back.
+func echoLarge(t *testing.T, c *rawConn) {
+	message := strings.Repeat("x", 64<<10)
+	c.send(t, ws.OpBinary, message)
+	for got := 0; got < len(message); {
+		_, payload, err := c.receive()
+		if err != nil {
+			t.Errorf("echo: %v", err)
+			return
+		}
+		got += len(payload)
+	}
+}
+
+// settledMemory is the process's resident memory in KiB once it stays the same.
+func settledMemory(t *testing.T, p *process) float64 {
+	t.Helper()
+	last, since := 0.0, time.Now()
+	eventually(10*time.Second, func() bool {
+		now := residentMemory(t, p.cmd.Process.Pid)
+		if d := now - last; d > 256 || d < -256 {
+			last, since = now, time.Now()
+		}
+		return time.Since(since) > time.Second
+	})
+	return last
+}
+
+// residentMemory is a process's resident memory in KiB.
+func residentMemory(t *testing.T, pid int) float64 {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(string(status), "\n") {
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "VmRSS:" {
+			kib, err := strconv.ParseFloat(fields[1], 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kib
+		}
+	}
+	t.Fatal("no VmRSS")
+	return 0
+}

@@ -7,9 +7,10 @@ import (
 	"net/http"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"go.uber.org/zap"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"

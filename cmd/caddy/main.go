@@ -6,9 +6,10 @@ package main
 import (
 	_ "time/tzdata"
 
+	_ "github.com/mholt/caddy-l4"
+
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
-	_ "github.com/mholt/caddy-l4"
 
 	_ "github.com/holdfast-proxy/caddy-holdfast"
 )

@@ -21,20 +21,30 @@ func TestRedial(t *testing.T) {
 		{"not compressed, backend compresses", "permessage-deflate", "", "", "permessage-deflate", "was answered but not offered"},
 		{"compressed", "permessage-deflate", "permessage-deflate", plain, "permessage-deflate", ""},
 		{"compressed, backend declines", "permessage-deflate", "permessage-deflate", plain, "", "was declined"},
-		{"first backend's unasked window binds nobody", "permessage-deflate", "permessage-deflate; server_max_window_bits=9",
-			plain, "permessage-deflate; server_max_window_bits=15", ""},
+		{
+			"first backend's unasked window binds nobody", "permessage-deflate", "permessage-deflate; server_max_window_bits=9",
+			plain, "permessage-deflate; server_max_window_bits=15", "",
+		},
 		{"client's limit binds", limited, "permessage-deflate; server_max_window_bits=8", plain + "; server_max_window_bits=10", limited, ""},
-		{"client's limit binds, exceeded", limited, limited, plain + "; server_max_window_bits=10",
-			"permessage-deflate; server_max_window_bits=12", "server_max_window_bits=12 was answered, at most 10"},
-		{"client's limit binds, missing", limited, limited, plain + "; server_max_window_bits=10",
-			"permessage-deflate", "server_max_window_bits=10 was offered but not answered"},
+		{
+			"client's limit binds, exceeded", limited, limited, plain + "; server_max_window_bits=10",
+			"permessage-deflate; server_max_window_bits=12", "server_max_window_bits=12 was answered, at most 10",
+		},
+		{
+			"client's limit binds, missing", limited, limited, plain + "; server_max_window_bits=10",
+			"permessage-deflate", "server_max_window_bits=10 was offered but not answered",
+		},
 		{"first backend's server_no_context_takeover binds", "permessage-deflate", fresh, fresh, fresh, ""},
-		{"first backend's server_no_context_takeover binds, missing", "permessage-deflate", fresh, fresh, plain,
-			"server_no_context_takeover was offered but not answered"},
+		{
+			"first backend's server_no_context_takeover binds, missing", "permessage-deflate", fresh, fresh, plain,
+			"server_no_context_takeover was offered but not answered",
+		},
 		{"client's server_no_context_takeover binds", fresh, fresh, fresh, plain, "server_no_context_takeover was offered but not answered"},
 		{"later backend gives more", "permessage-deflate", plain, plain, fresh, ""},
-		{"only one alternative is left", limited + ", permessage-deflate; server_no_context_takeover", fresh, fresh,
-			limited, "server_no_context_takeover was offered but not answered"},
+		{
+			"only one alternative is left", limited + ", permessage-deflate; server_no_context_takeover", fresh, fresh,
+			limited, "server_no_context_takeover was offered but not answered",
+		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			told, err := Negotiate([]string{tc.offer}, On).Accept([]string{tc.first})

@@ -127,10 +127,10 @@ func (n Negotiation) Accept(backendAnswer []string) (Agreement, error) {
 // different ones than places is what maxTerms says.
 func (n *Negotiation) add(t terms) {
 	for i, have := range n.offered {
-		switch have {
-		case t:
+		if have == t {
 			return
-		case 0:
+		}
+		if have == 0 {
 			n.offered[i] = t
 			return
 		}

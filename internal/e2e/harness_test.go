@@ -226,7 +226,7 @@ func ownGoroutines() string {
 	buf := make([]byte, 4<<20)
 	buf = buf[:runtime.Stack(buf, true)]
 	var own []string
-	for _, g := range strings.Split(string(buf), "\n\n") {
+	for g := range strings.SplitSeq(string(buf), "\n\n") {
 		for _, pkg := range []string{"session", "opening", "registry"} {
 			if strings.Contains(g, "caddy-holdfast/internal/"+pkg+".") {
 				own = append(own, g)

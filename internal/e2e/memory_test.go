@@ -99,7 +99,7 @@ func residentMemory(t *testing.T, pid int) float64 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range strings.Split(string(status), "\n") {
+	for line := range strings.SplitSeq(string(status), "\n") {
 		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "VmRSS:" {
 			kib, err := strconv.ParseFloat(fields[1], 64)
 			if err != nil {

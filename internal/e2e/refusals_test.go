@@ -121,8 +121,11 @@ func TestBackendRefuses(t *testing.T) {
 		body   string
 		header http.Header // what the client must see of it
 	}{
-		{"401 with a body", answers(response(401, "who are you?", "WWW-Authenticate: Basic realm=\"a\"\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n")),
-			401, "who are you?", http.Header{"Www-Authenticate": {`Basic realm="a"`, "Bearer"}, "Set-Cookie": {"a=1", "b=2"}, "Content-Length": {"12"}}},
+		{
+			"401 with a body", answers(response(401, "who are you?", "WWW-Authenticate: Basic realm=\"a\"\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n")),
+			401, "who are you?",
+			http.Header{"Www-Authenticate": {`Basic realm="a"`, "Bearer"}, "Set-Cookie": {"a=1", "b=2"}, "Content-Length": {"12"}},
+		},
 		{"chunked 401", answers("HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nwho \r\n3\r\nare\r\n0\r\n\r\n"), 401, "who are", nil},
 		{"401 to the end of the connection", answers("HTTP/1.0 401 Unauthorized\r\nConnection: close\r\nKeep-Alive: timeout=5\r\n\r\nwho?"), 401, "who?", http.Header{"Keep-Alive": nil}},
 		{"403", answers(response(403, "no", "X-Why: because\r\n")), 403, "no", http.Header{"X-Why": {"because"}}},

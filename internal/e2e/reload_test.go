@@ -15,11 +15,12 @@ import (
 	"time"
 	"weak"
 
+	"github.com/gobwas/ws"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddytls"
-	"github.com/gobwas/ws"
 
 	holdfast "github.com/holdfast-proxy/caddy-holdfast"
 )

@@ -107,8 +107,12 @@ func (s *stay) testCompression(t *testing.T) {
 		t.Errorf("bytes of 192 KiB that compress well: got %d in, %d out, want some, but at most %d", c.BytesIn, c.BytesOut, few)
 	}
 	messages := []content{
-		{"text", 0, false}, {"binary", 1, false}, {"text", 126, false}, {"binary", 65536, false},
-		{"text", 16 << 20, false}, {"text", 65535, true},
+		{"text", 0, false},
+		{"binary", 1, false},
+		{"text", 126, false},
+		{"binary", 65536, false},
+		{"text", 16 << 20, false},
+		{"text", 65535, true},
 	}
 	v.echoes(messages)
 	v.waitCounts(3 + uint64(len(messages)))
@@ -223,4 +227,3 @@ func (s *stay) testGreeting(t *testing.T) {
 	}
 	v.leave(ending{Code: 1000})
 }
-

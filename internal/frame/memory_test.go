@@ -37,11 +37,11 @@ func (s *steps) Read(p []byte) (int, error) {
 func drain(t *testing.T, r *Reader) (n int) {
 	t.Helper()
 	for {
-		u, ok, err := r.Next()
+		u, err := r.Next()
 		if err != nil {
 			t.Fatalf("got error %v, want none", err)
 		}
-		if !ok {
+		if u == nil {
 			return n
 		}
 		n += len(u.Wire)
@@ -191,9 +191,9 @@ func TestUnmaskedLeavesTheWireAlone(t *testing.T) {
 	if err := r.Fill(bytes.NewReader(frame)); err != nil {
 		t.Fatal(err)
 	}
-	u, ok, err := r.Next()
-	if !ok || err != nil {
-		t.Fatalf("got %t, error %v, want the ping", ok, err)
+	u, err := r.Next()
+	if u == nil || err != nil {
+		t.Fatalf("got %v, error %v, want the ping", u, err)
 	}
 	if got := string(u.Unmasked()); got != "payload" {
 		t.Errorf("got %q, want the payload", got)
@@ -210,7 +210,7 @@ func TestSmallFramesDoNotAllocate(t *testing.T) {
 	if n := testing.AllocsPerRun(1000, func() {
 		_ = r.Fill(src)
 		for {
-			if _, ok, _ := r.Next(); !ok {
+			if u, _ := r.Next(); u == nil {
 				return
 			}
 		}
@@ -245,14 +245,14 @@ func BenchmarkReader(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				for {
-					u, ok, err := r.Next()
+					u, err := r.Next()
 					if err != nil {
 						b.Fatal(err)
 					}
-					if ok && u.Last {
+					if u != nil && u.Last {
 						break
 					}
-					if !ok {
+					if u == nil {
 						_ = r.Fill(src)
 					}
 				}

@@ -17,7 +17,7 @@ import (
 )
 
 func TestRandomStreamsComeOutAsTheyWentIn(t *testing.T) {
-	for seed := range uint64(120) {
+	for seed := range uint64(80) {
 		rng := rand.New(rand.NewPCG(seed, 6455))
 		masked, compressed := seed%2 == 0, seed%4 < 2
 		in := randomStream(rng, masked, compressed)
@@ -122,10 +122,17 @@ func (c *chunks) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// chunkSizes are from one byte to 64 KiB, in one of several fashions.
+// chunkSizes are from one byte to 64 KiB, in one of several fashions. Of a long
+// stream only the beginning arrives byte by byte.
 func chunkSizes(rng *rand.Rand) func() int {
 	most := []int{1, 3, 100, 1460, 20000, 64 << 10}[rng.IntN(6)]
-	return func() int { return 1 + rng.IntN(most) }
+	calls := 0
+	return func() int {
+		if calls++; calls > 10000 {
+			most = 2000
+		}
+		return 1 + rng.IntN(most)
+	}
 }
 
 // collect runs a Reader as a session does, up to the end of src or an offence,
@@ -136,11 +143,12 @@ func collect(t *testing.T, r *Reader, src io.Reader) (units []Unit, err error) {
 		var lent, kept []Unit
 		var offence error
 		for {
-			u, ok, err := r.Next()
-			if err != nil || !ok {
+			next, err := r.Next()
+			if err != nil || next == nil {
 				offence = err
 				break
 			}
+			u := *next
 			checkUnit(t, r, u)
 			if len(lent) > 0 {
 				checkNeighbours(t, lent[len(lent)-1].Wire, u.Wire)

@@ -105,8 +105,8 @@ func TestOffences(t *testing.T) {
 					if got := wire(units); !bytes.Equal(got, before) {
 						t.Errorf("got %d bytes handed out, want the %d before the offence", len(got), len(before))
 					}
-					if u, ok, err := r.Next(); ok || err == nil {
-						t.Errorf("got unit %v, error %v after the offence, want the error again", u.Op, err)
+					if u, err := r.Next(); u != nil || err == nil {
+						t.Errorf("got unit %v, error %v after the offence, want the error again", u, err)
 					}
 					r.Release()
 				})

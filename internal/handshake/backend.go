@@ -55,7 +55,7 @@ func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
 	}
 	limited := &io.LimitedReader{R: conn, N: maxResponseHeader}
 	br := bufio.NewReader(limited)
-	res, err := readFinal(br)
+	res, err := readFinal(br) //nolint:bodyclose // it is read from conn, which is closed by the caller
 	if err != nil {
 		if limited.N <= 0 {
 			err = errors.New("the response header is too long")

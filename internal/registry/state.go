@@ -1,6 +1,9 @@
 package registry
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // State is where a connection is in its life. Only Conn.enter changes it, along
 // the arrows of nextStates.
@@ -43,12 +46,7 @@ func ParseState(name string) (State, error) {
 }
 
 func (s State) mayBecome(next State) bool {
-	for _, n := range nextStates[s] {
-		if n == next {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(nextStates[s], next)
 }
 
 // Kind is what carries a connection.

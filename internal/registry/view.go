@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"maps"
 	"strconv"
 	"time"
 )
@@ -131,9 +132,7 @@ func (r *Registry) Stats() Stats {
 		Total: len(r.byID), ByKind: map[Kind]int{}, ByRoute: map[string]int{}, ByUpstream: map[string]int{},
 		ByState: map[string]int{}, ClosedByReason: map[Reason]uint64{}, AgeSeconds: Ages{LE: map[string]int{}},
 	}
-	for reason, n := range r.closed {
-		s.ClosedByReason[reason] = n
-	}
+	maps.Copy(s.ClosedByReason, r.closed)
 	younger := make([]int, len(ageBuckets))
 	for _, c := range r.byID {
 		s.ByKind[c.info.Kind]++

@@ -77,6 +77,7 @@ func (s *Session) End(e registry.Ending) {
 		lost = s.client()
 	case registry.BackendLost:
 		lost = s.backend()
+	default: // both are there
 	}
 	if lost != nil {
 		lost.gone = true

@@ -76,9 +76,8 @@ func embedded(conn any) any {
 	if f, ok := v.Type().FieldByName("Conn"); !ok || !f.Anonymous {
 		return nil
 	}
-	inner, ok := v.FieldByName("Conn").Interface().(net.Conn)
-	if !ok || inner == nil {
-		return nil
+	if inner, ok := reflect.TypeAssert[net.Conn](v.FieldByName("Conn")); ok {
+		return inner
 	}
-	return inner
+	return nil
 }

@@ -74,7 +74,7 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "to":
 			args := d.RemainingArgs()
 			if len(args) == 0 {
-				return true, d.ArgErr()
+				return true, d.Err("to: missing argument")
 			}
 			return true, h.addUpstreams(d, args)
 		case "lb_policy":
@@ -84,7 +84,7 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 				return true, err
 			}
 			if _, err := deflate.ParseMode(h.Compression); err != nil {
-				return true, d.WrapErr(err)
+				return true, d.Errf("compression: %w", err)
 			}
 			return true, nil
 		}
@@ -172,7 +172,7 @@ func siteAddress(helper httpcaddyfile.Helper) string {
 func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the option's name
 	if d.NextArg() {
-		return d.ArgErr()
+		return d.Errf("connection_registry: surplus argument %q", d.Val())
 	}
 	durations := map[string]durationField{
 		"orphan_timeout":   {&a.OrphanTimeout, false},
@@ -206,12 +206,17 @@ func parseRegistryOption(d *caddyfile.Dispenser, existing any) (any, error) {
 }
 
 // eachSubdirective calls parse for every subdirective of a block. parse takes
-// the arguments, and returns false for a name that it does not know. None may be
-// there twice, or have a block of its own or arguments left over.
+// all arguments, and returns false for a name that it does not know. None may be
+// there twice or have a block of its own.
 func eachSubdirective(d *caddyfile.Dispenser, parse func(name string) (known bool, err error)) error {
 	seen := make(map[string]bool)
+	last := ""
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		name := d.Val()
+		if name == "{" {
+			return d.Errf("%s: surplus block", last)
+		}
+		last = name
 		if seen[name] {
 			return d.Errf("%s: repeated", name)
 		}
@@ -222,9 +227,6 @@ func eachSubdirective(d *caddyfile.Dispenser, parse func(name string) (known boo
 		}
 		if !known {
 			return d.Errf("unrecognized subdirective %q", name)
-		}
-		if d.NextArg() {
-			return d.Errf("%s: surplus argument %q", name, d.Val())
 		}
 	}
 	return nil
@@ -258,10 +260,17 @@ func (f durationField) parse(d *caddyfile.Dispenser) error {
 
 // stringArg takes the one argument of a subdirective.
 func stringArg(d *caddyfile.Dispenser, to *string) error {
-	if !d.AllArgs(to) {
-		return d.ArgErr()
+	name := d.Val()
+	args := d.RemainingArgs()
+	switch len(args) {
+	case 0:
+		return d.Errf("%s: missing argument", name)
+	case 1:
+		*to = args[0]
+		return nil
+	default:
+		return d.Errf("%s: surplus argument %q", name, args[1])
 	}
-	return nil
 }
 
 // Interface guards

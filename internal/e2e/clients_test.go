@@ -134,8 +134,8 @@ var hosts = []struct {
 }
 
 // page is what a browser gets that asks for the site.
-const page = `header Content-Type text/html
-	respond "<!doctype html><title>Holdfast</title>"`
+const page = `header / Content-Type text/html
+	respond / "<!doctype html><title>Holdfast</title>"`
 
 // testGuest shows that g works with every backend, in every way.
 func testGuest(t *testing.T, g guest, h habits) {

@@ -133,14 +133,14 @@ type pairing struct {
 }
 
 // startPairing runs a proxy before a backend that the test plays.
-func startPairing(t testing.TB, options string) *pairing {
+func startPairing(t testing.TB, globals, options string) *pairing {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ln.Close() })
-	return &pairing{startCaddy(t, "", "websocket_proxy "+ln.Addr().String()+" {\n"+options+"\n}"), ln}
+	return &pairing{startCaddy(t, globals, "websocket_proxy "+ln.Addr().String()+" {\n"+options+"\n}"), ln}
 }
 
 // link is a connection whose both ends the test plays.
@@ -218,7 +218,7 @@ func (p *pairing) ended(t testing.TB, before stats, reason string, limit time.Du
 // Nothing of an offending frame, nor of what follows it, is passed on; what came
 // before it is. Both sides are told, and why is recorded.
 func TestOffenders(t *testing.T) {
-	p := startPairing(t, "")
+	p := startPairing(t, "", "")
 	for _, o := range offences() {
 		t.Run("client/"+o.name, func(t *testing.T) {
 			l := p.open(t, "")
@@ -252,28 +252,27 @@ func (p *pairing) offend(t *testing.T, o offence, offender, other *rawConn, reas
 	}
 
 	code, _, got, err := other.receiveClose()
-	if err != nil || code != otherGets {
-		t.Errorf("the other side: got %d, %v; want %d", code, err, otherGets)
+	if err != nil || code != otherGets || !slices.Equal(got, want) {
+		t.Errorf("the other side: got %d after %q, %v; want %d after %q", code, got, err, otherGets, want)
 	}
-	if !slices.Equal(got, want) {
-		t.Errorf("the other side: got %q, want %q", got, want)
-	}
-	other.leave(t, code)
+	_, _ = other.Write(frame.AppendClose(nil, code, "", other.client))
 	code, _, got, err = offender.receiveClose()
 	if err != nil || code != 1002 || len(got) > 0 {
 		t.Errorf("the offender: got %d after %q, %v; want 1002", code, got, err)
 	}
-	offender.leave(t, code)
+	_, _ = offender.Write(frame.AppendClose(nil, code, "", offender.client))
+	_ = other.Conn.(*net.TCPConn).CloseWrite()
+	_ = offender.Conn.(*net.TCPConn).CloseWrite()
+	other.leave(t)
+	offender.leave(t)
 	p.ended(t, before, reason, time.Second)
 }
 
-// leave answers a close frame, checks that nothing follows it, and closes.
-func (c *rawConn) leave(t testing.TB, code uint16) {
+// leave checks that the proxy has nothing more to say, and closes.
+func (c *rawConn) leave(t testing.TB) {
 	t.Helper()
-	_, _ = c.Write(frame.AppendClose(nil, code, "", c.client))
-	_ = c.Conn.(*net.TCPConn).CloseWrite()
 	if h, payload, err := c.receive(); err == nil {
-		t.Errorf("after the close frame: got %v %q", h.OpCode, payload)
+		t.Errorf("got %v %q, want the end", h.OpCode, payload)
 	}
 	c.Close()
 }

@@ -47,11 +47,12 @@ globalThis.client = (() => {
       else inbox.push(data);
       waiting = undefined;
     };
-    socket.onerror = () => {}; // onclose follows
+    let failure = '';
+    socket.onerror = ({ message }) => { failure = message ?? ''; }; // onclose follows
     return new Promise((resolve, reject) => {
       ended = new Promise((end) => {
         socket.onclose = ({ code, reason, wasClean }) => {
-          const error = new Error(`closed with ${code} ${reason}`);
+          const error = new Error(`closed with ${code} ${reason}: ${failure}`);
           reject(error);
           if (waiting) waiting.reject(error);
           end({ code, reason, clean: wasClean });

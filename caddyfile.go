@@ -139,12 +139,13 @@ func parseWebSocketProxy(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandl
 		return nil, err
 	}
 	// The ordinal counts the directives of a site, named ones too, so that naming
-	// one does not rename the others.
-	const key = "holdfast.websocket_proxy.count"
+	// one does not rename the others. The helper's state is that of all sites.
+	site := siteAddress(helper)
+	key := "holdfast.websocket_proxy " + site
 	n, _ := helper.State[key].(int)
 	helper.State[key] = n + 1
 	if h.Name == "" {
-		h.Name = fmt.Sprintf("%s#%d", siteAddress(helper), n+1)
+		h.Name = fmt.Sprintf("%s#%d", site, n+1)
 	}
 	return h, nil
 }

@@ -19,7 +19,7 @@ import (
 )
 
 func TestCoderClient(t *testing.T) {
-	testGuest(t, new(coderGuest), habits{codes: []uint16{1000, 1001, 1005, 3000, 4999}})
+	testGuest(t, new(coderGuest), habits{lastPings: 1, codes: []uint16{1000, 1001, 1005, 3000, 4999}})
 }
 
 // coderGuest is a guest.
@@ -89,6 +89,11 @@ func (g *coderGuest) fragments(ctx context.Context, m content, cuts []int) (mess
 }
 
 func (g *coderGuest) close(ctx context.Context, e ending) (ending, error) {
+	// Close may read the answer itself, and tells its code only. Once a pong has
+	// come it cannot: the other reader is at it, and stays.
+	if err := g.conn.Ping(ctx); err != nil {
+		return ending{}, err
+	}
 	if err := g.conn.Close(websocket.StatusCode(e.Code), e.Reason); err != nil {
 		return ending{}, err
 	}
@@ -236,8 +241,14 @@ func serveCoder(conn *websocket.Conn, path string, q url.Values, rep *report) {
 	if path == "/greet" {
 		_ = conn.Write(ctx, websocket.MessageText, []byte("hello"))
 	}
-	if path == "/close" || path == "/greet" && code != 0 {
-		writing.Go(func() { _ = conn.Close(websocket.StatusCode(code), q.Get("reason")) })
+	if code != 0 {
+		// Nil says that the answer has the same code; what else it has is not told.
+		if err := conn.Close(websocket.StatusCode(code), q.Get("reason")); err != nil {
+			rep.Error = err.Error()
+			return
+		}
+		rep.Code, rep.Reason = uint16(code), q.Get("reason")
+		return
 	}
 	for {
 		m, err := readCoder(ctx, conn)

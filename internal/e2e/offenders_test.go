@@ -261,8 +261,8 @@ func (p *pairing) offend(t *testing.T, o offence, offender, other *rawConn, reas
 		t.Errorf("the offender: got %d after %q, %v; want 1002", code, got, err)
 	}
 	_, _ = offender.Write(frame.AppendClose(nil, code, "", offender.client))
-	_ = other.Conn.(*net.TCPConn).CloseWrite()
-	_ = offender.Conn.(*net.TCPConn).CloseWrite()
+	_ = other.tcp().CloseWrite()
+	_ = offender.tcp().CloseWrite()
 	other.leave(t)
 	offender.leave(t)
 	p.ended(t, before, reason, time.Second)

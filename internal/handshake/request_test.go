@@ -157,7 +157,6 @@ func TestNothingBreaksOutOfItsLine(t *testing.T) {
 		{"host with a line feed", func(r *http.Request) { r.Host = "x\nX-Injected: 1" }},
 		{"path", func(r *http.Request) { r.URL = &url.URL{Path: "/" + evil} }},
 		{"query", func(r *http.Request) { r.URL = &url.URL{Path: "/", RawQuery: evil} }},
-		{"query with a space", func(r *http.Request) { r.URL = &url.URL{Path: "/", RawQuery: "a b"} }},
 		{"opaque", func(r *http.Request) { r.URL = &url.URL{Opaque: "/ HTTP/1.1\r\nX-Injected: 1\r\nX: "} }},
 	} {
 		t.Run(test.name, func(t *testing.T) {

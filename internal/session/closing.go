@@ -105,7 +105,7 @@ func (l *leg) leaveClose(code uint16, text string) {
 }
 
 // closeFrom handles a close frame of src: it is passed on as it is, unless dst
-// was told another end before.
+// was told another end before or is about to be.
 func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	reason := registry.ClientClosed
 	if src.side == backendSide {
@@ -114,7 +114,7 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	s.rec.Close(registry.Ending{Reason: reason})
 	s.mu.Lock()
 	src.heard, src.echo = true, u.Code
-	pass := !dst.said && !dst.gone && dst.broken == 0
+	pass := !dst.said && !dst.wantClose && !dst.gone && dst.broken == 0
 	if pass {
 		dst.said = true
 	}
@@ -122,6 +122,7 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	if pass {
 		s.say(dst, u.Wire)
 	}
+	s.settle(src)
 }
 
 // say writes the close frame of a leg, its last frame.
@@ -130,6 +131,22 @@ func (s *Session) say(l *leg, wire []byte) {
 	s.mu.Lock()
 	l.saidAt = s.now()
 	s.mu.Unlock()
+	s.settle(l)
+}
+
+// settle closes the client's connection as soon as both close frames have
+// passed, as a server has to (RFC 6455 §7.1.1): a browser tells its page only
+// then, and should not wait for the backend.
+func (s *Session) settle(l *leg) {
+	s.mu.Lock()
+	done := l.side == clientSide && l.heard && l.saidAt != 0 && !l.gone
+	if done {
+		l.gone = true
+	}
+	s.mu.Unlock()
+	if done {
+		_ = l.conn.Close()
+	}
 }
 
 // leave notes that nothing more comes from l: its stream has ended or broken.

@@ -38,6 +38,7 @@ globalThis.client = (() => {
   }
 
   function open(args) {
+    socket?.close(); // nothing, unless a test has failed
     inbox = [];
     waiting = undefined;
     socket = newSocket(args);

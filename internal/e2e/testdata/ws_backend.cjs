@@ -10,14 +10,12 @@ const reports = new Map(); // by the number in ?case=, a promise and its resolve
 
 function reportOf(query) {
   const key = query.get('case');
-  if (!reports.has(key)) reports.set(key, Promise.withResolvers?.() ?? withResolvers());
+  if (!reports.has(key)) {
+    const report = {};
+    report.promise = new Promise((resolve) => { report.resolve = resolve; });
+    reports.set(key, report);
+  }
   return reports.get(key);
-}
-
-function withResolvers() { // not in Node.js 20
-  const deferred = {};
-  deferred.promise = new Promise((resolve) => { deferred.resolve = resolve; });
-  return deferred;
 }
 
 const queryOf = (request) => new URL(request.url, 'http://backend').searchParams;

@@ -8,6 +8,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddyserver/caddy/v2"
+
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -22,6 +24,7 @@ var live = &lifecycle{registry: registry.New()}
 // connections whose route is gone, happens when one stops.
 type lifecycle struct {
 	registry *registry.Registry
+	ending   sync.Once
 
 	mu      sync.Mutex    // guards what follows, and the generations' fields
 	started []*generation // the configs in force, oldest first
@@ -125,8 +128,20 @@ func (l *lifecycle) route(g *generation, name string) *registry.Route {
 	return d.route
 }
 
-// shutdown ends all connections, for good.
+func init() {
+	// The running config may have no app that hears the stop, while connections
+	// of an earlier one are still being closed.
+	caddy.OnExit(func(context.Context) {
+		live.shutdown(&generation{shutdownTimeout: defaultShutdownTimeout, logger: caddy.Log()})
+	})
+}
+
+// shutdown ends all connections, for good. Only the first call does anything.
 func (l *lifecycle) shutdown(g *generation) {
+	l.ending.Do(func() { l.endAll(g) })
+}
+
+func (l *lifecycle) endAll(g *generation) {
 	ctx, cancel := context.WithTimeout(context.Background(), g.shutdownTimeout)
 	defer cancel()
 	n, began := l.registry.Len(), time.Now()

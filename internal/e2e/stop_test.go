@@ -82,6 +82,22 @@ func TestStopTellsClients(t *testing.T) {
 	}
 }
 
+// A stop also tells the clients of a route that a reload has just removed, with
+// everything else of this plugin.
+func TestStopAfterLastRouteIsGone(t *testing.T) {
+	p := startBinary(t, "", "websocket_proxy "+rawBackend(t, echoRaw))
+	c := rawDial(t, p.addr, "")
+	p.reload(t, p.siteConfig("", "respond next"))
+	if got := p.stats(t).Total; got != 1 {
+		t.Fatalf("connections: got %d, want the orphan", got)
+	}
+	if status := p.call(t, http.MethodPost, "/stop", nil); status != http.StatusOK {
+		t.Errorf("stop: status %d", status)
+	}
+	expectRestart(t, c)
+	<-p.exited
+}
+
 // refusesUpgrades reports whether a new upgrade gets 503 with Retry-After.
 func refusesUpgrades(addr string) bool {
 	req, err := http.NewRequest(http.MethodGet, "http://"+addr+"/", nil)

@@ -1,6 +1,7 @@
 package holdfast
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -177,20 +178,29 @@ func (h *WebSocketProxy) ServeHTTP(w http.ResponseWriter, r *http.Request, next 
 	if err := o.Admit(live.registry, route, clientInfo(r)); err != nil {
 		return h.unavailable(w, err)
 	}
-	s, err := h.open(o, route, w, r)
-	if s == nil {
-		o.Close()
-		return err
+	var s *session.Session
+	defer func() {
+		if s == nil {
+			o.Close() // also when relaying a refusal breaks off, which panics
+		}
+	}()
+	var err error
+	if s, err = h.open(o, route, w, r); s != nil {
+		// The server ends the request's context when it is through with it: until
+		// then its handlers' deferred flushes may touch the connection.
+		context.AfterFunc(r.Context(), s.Run)
 	}
-	go s.Run()
-	return nil
+	return err
 }
 
 // open makes a session for the client, or returns nil when it was answered
 // otherwise.
 func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.ResponseWriter, r *http.Request) (*session.Session, error) {
 	trusted, _ := caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
-	q := handshake.NewRequest(r, o.ID(), trusted, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], h.mode))
+	q, err := handshake.NewRequest(r, o.ID(), trusted, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], h.mode))
+	if err != nil {
+		return nil, caddyhttp.Error(http.StatusBadRequest, err)
+	}
 	answer, err := o.Reach(opening.Config{
 		Next:             h.pool.each(route, r, w),
 		DialTimeout:      h.pool.dialTimeout,
@@ -198,20 +208,25 @@ func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.
 		Logger:           h.logger,
 	}, q)
 	if err != nil {
-		if errors.Is(err, opening.ErrEnded) {
-			return nil, h.unavailable(w, err)
-		}
-		return nil, caddyhttp.Error(o.Status(err), err)
+		return nil, h.failed(o, w, err)
 	}
 	if !answer.Upgraded() {
-		answer.Relay(w, r)
+		answer.Relay(o, w)
 		return nil, nil
 	}
 	s, err := answer.Upgrade(o, w, r, func() session.Settings { return route.Settings.Load().(session.Settings) })
 	if err != nil {
-		return nil, caddyhttp.Error(http.StatusInternalServerError, err)
+		return nil, h.failed(o, w, err)
 	}
 	return s, nil
+}
+
+// failed answers a client for which no session could be made.
+func (h *WebSocketProxy) failed(o *opening.Opening, w http.ResponseWriter, err error) error {
+	if errors.Is(err, opening.ErrEnded) {
+		return h.unavailable(w, err)
+	}
+	return caddyhttp.Error(o.Status(err), err)
 }
 
 // unavailable refuses a client that may try again later.

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -35,9 +34,6 @@ func (c *rawConn) hears(t testing.TB, who string, want says) {
 		t.Errorf("%s: got %+v after %q, %v; want %+v", who, got, before, err, want)
 	}
 }
-
-// tcp returns the connection itself.
-func (c *rawConn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
 // reset breaks the connection.
 func (c *rawConn) reset() {
@@ -274,7 +270,7 @@ func TestAdminCloses(t *testing.T) {
 		t.Run(tt.query, func(t *testing.T) {
 			before := p.stats(t)
 			l := p.open(t, "")
-			if status := p.call(t, http.MethodDelete, "/connections/"+p.connections(t)[0].ID+tt.query, nil); status != http.StatusNoContent {
+			if status := p.call(t, http.MethodDelete, "/connections/"+p.only(t).ID+tt.query, nil); status != http.StatusNoContent {
 				t.Errorf("status: got %d, want 204", status)
 			}
 			l.client.hears(t, "client", tt.want)
@@ -290,44 +286,111 @@ func TestAdminCloses(t *testing.T) {
 	}
 }
 
+// A connection may be ended as soon as its client has its 101.
+func TestAdminClosesAtOnce(t *testing.T) {
+	p := startPairing(t, "", "")
+	for range 50 {
+		l := p.open(t, "")
+		id := l.request.Header.Get("Holdfast-Connection")
+		if status := p.call(t, http.MethodDelete, "/connections/"+id+"?code=4000&reason=moved", nil); status != http.StatusNoContent {
+			t.Errorf("status: got %d, want 204", status)
+		}
+		l.client.hears(t, "client", says{4000, "moved"})
+		l.backend.hears(t, "backend", says{1001, ""})
+		l.client.Close()
+		l.backend.Close()
+	}
+	p.emptyWithin(t, time.Second)
+}
+
+// halfRefusal is an answer that the backend does not finish.
+const halfRefusal = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nwho"
+
+// thinking is a backend that gives an answer, or a part of one, and waits for the
+// end. asked has a value for every request, left one for every end.
+func thinking(t testing.TB, answer string) (addr string, asked <-chan struct{}, left <-chan error) {
+	a, l := make(chan struct{}, 1), make(chan error, 1)
+	return rawBackend(t, func(_ *http.Request, c *rawConn) {
+		_, _ = io.WriteString(c, answer)
+		a <- struct{}{}
+		_, err := c.br.ReadByte()
+		l <- err
+	}), a, l
+}
+
+// checkLeft checks that the backend's connection ends within a second.
+func checkLeft(t testing.TB, left <-chan error) {
+	t.Helper()
+	select {
+	case err := <-left:
+		if err == nil {
+			t.Error("the upstream got a byte, want the end")
+		}
+	case <-time.After(time.Second):
+		t.Error("the upstream was not left within a second")
+	}
+}
+
 // A client that leaves while the upstream thinks, or while its refusal is being
 // passed on, is noticed, and the upstream is left at once.
 func TestClientLeavesDuringHandshake(t *testing.T) {
-	tests := []struct {
+	for _, tt := range []struct {
 		name, answer string
 		linger       int
 	}{
 		{"FIN before the answer", "", -1},
 		{"RST before the answer", "", 0},
-		{"FIN during a refusal", "HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nwho", -1},
-		{"RST during a refusal", "HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nwho", 0},
-	}
-	for _, tt := range tests {
+		{"FIN during a refusal", halfRefusal, -1},
+		{"RST during a refusal", halfRefusal, 0},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
-			asked, left := make(chan struct{}, 1), make(chan error, 1)
-			backend := rawBackend(t, func(_ *http.Request, c *rawConn) {
-				_, _ = io.WriteString(c, tt.answer)
-				asked <- struct{}{}
-				_, err := c.br.ReadByte()
-				left <- err
-			})
+			backend, asked, left := thinking(t, tt.answer)
+			p := startCaddy(t, "", "websocket_proxy "+backend)
+			for range 5 { // some come at a bad moment
+				conn := p.asking(t)
+				<-asked
+				if tt.answer != "" {
+					if _, err := io.ReadFull(conn, make([]byte, 50)); err != nil { // it is being passed on
+						t.Fatal(err)
+					}
+				}
+				_ = conn.SetLinger(tt.linger)
+				conn.Close()
+				checkLeft(t, left)
+			}
+			p.emptyWithin(t, time.Second)
+		})
+	}
+}
+
+// The admin API ends what is not open yet.
+func TestAdminEndsHandshake(t *testing.T) {
+	for _, tt := range []struct{ name, answer, want string }{
+		{"before the answer", "", "HTTP/1.1 503 "},
+		{"during a refusal", halfRefusal, "HTTP/1.1 401 "},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			backend, asked, left := thinking(t, tt.answer)
 			p := startCaddy(t, "", "websocket_proxy "+backend)
 			conn := p.asking(t)
 			<-asked
+			start := make([]byte, len(tt.want))
 			if tt.answer != "" {
-				if _, err := io.ReadFull(conn, make([]byte, 50)); err != nil { // it is being passed on
-					t.Fatal(err)
-				}
+				_, _ = io.ReadFull(conn, start)
 			}
-			_ = conn.SetLinger(tt.linger)
-			conn.Close()
-			select {
-			case err := <-left:
-				if err == nil {
-					t.Error("the upstream got a byte, want the end")
-				}
-			case <-time.After(time.Second):
-				t.Error("the upstream was not left within a second")
+			list := p.connections(t)
+			if len(list) != 1 {
+				t.Fatalf("connections: got %+v, want one", list)
+			}
+			if status := p.call(t, http.MethodDelete, "/connections/"+list[0].ID, nil); status != http.StatusNoContent {
+				t.Errorf("status: got %d, want 204", status)
+			}
+			checkLeft(t, left)
+			if tt.answer == "" {
+				_, _ = io.ReadFull(conn, start)
+			}
+			if string(start) != tt.want {
+				t.Errorf("got %q, want %q", start, tt.want)
 			}
 			p.emptyWithin(t, time.Second)
 		})

@@ -148,11 +148,11 @@ func TestRequestHeaders(t *testing.T) {
 			if l.request.Host != host {
 				t.Errorf("Host: got %q, want %q", l.request.Host, host)
 			}
-			list := p.connections(t)
-			if len(list) != 1 || list[0].Client != tt.client {
-				t.Fatalf("connections: got %+v, want one of %s", list, tt.client)
+			c := p.only(t)
+			if c.Client != tt.client {
+				t.Errorf("client: got %s, want %s", c.Client, tt.client)
 			}
-			checkHeader(t, l.request.Header, http.Header{"Holdfast-Connection": {list[0].ID}})
+			checkHeader(t, l.request.Header, http.Header{"Holdfast-Connection": {c.ID}})
 			key := l.request.Header["Sec-Websocket-Key"]
 			if len(key) != 1 || key[0] == testKey {
 				t.Errorf("key: got %q, want one that is not the client's", key)
@@ -204,8 +204,8 @@ func TestResponseHeaders(t *testing.T) {
 		"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Accept": {handshake.AcceptKey(testKey)},
 		"Keep-Alive": nil, "X-Hop": nil, "Server": {"backend"}, "Date": {"Thu, 01 Jan 1970 00:00:00 GMT"},
 	})
-	if list := p.connections(t); len(list) != 1 || list[0].Subprotocol != "superchat" {
-		t.Errorf("connections: got %+v, want one with superchat", list)
+	if c := p.only(t); c.Subprotocol != "superchat" {
+		t.Errorf("subprotocol: got %q, want superchat", c.Subprotocol)
 	}
 }
 
@@ -242,11 +242,13 @@ func TestServerTimeouts(t *testing.T) {
 	const site = "log {\n output discard\n}\nwebsocket_proxy "
 	t.Run("write", func(t *testing.T) {
 		backend := rawBackend(t, func(r *http.Request, c *rawConn) {
-			time.Sleep(1500 * time.Millisecond)
+			time.Sleep(600 * time.Millisecond)
 			echoRaw(r, c)
 		})
-		p := startCaddy(t, fmt.Sprintf(timeouts, "write 1s"), site+backend)
-		checkEcho(t, rawDial(t, p.addr, ""))
+		p := startCaddy(t, fmt.Sprintf(timeouts, "write 300ms"), site+backend)
+		c := rawDial(t, p.addr, "")
+		time.Sleep(200 * time.Millisecond) // until the server is through with the request
+		checkEcho(t, c)
 	})
 	t.Run("read and idle", func(t *testing.T) {
 		got := make(chan string, 1)

@@ -195,6 +195,17 @@ func acceptOne(ln net.Listener, accepted chan<- *link, answer string) {
 	accepted <- &link{backend: &rawConn{Conn: conn, br: br}, request: r}
 }
 
+// only returns the one connection, which must soon be open: the client's 101 is
+// sent before that.
+func (p *pairing) only(t testing.TB) connection {
+	t.Helper()
+	var list []connection
+	if !eventually(time.Second, func() bool { list = p.connections(t); return len(list) == 1 && list[0].State == "open" }) {
+		t.Fatalf("connections: got %+v, want one that is open", list)
+	}
+	return list[0]
+}
+
 // ended checks that since before exactly one connection ended, for the given
 // reason, and that nothing is left of it within limit.
 func (p *pairing) ended(t testing.TB, before stats, reason string, limit time.Duration) {
@@ -267,6 +278,9 @@ func (p *pairing) offend(t *testing.T, o offence, offender, other *rawConn, reas
 	offender.leave(t)
 	p.ended(t, before, reason, time.Second)
 }
+
+// tcp returns the connection itself.
+func (c *rawConn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
 // leave checks that the proxy has nothing more to say, and closes.
 func (c *rawConn) leave(t testing.TB) {

@@ -53,11 +53,15 @@ func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
 	if _, err := conn.Write(q.wire(key)); err != nil {
 		return nil, fmt.Errorf("sending handshake: %w", err)
 	}
-	limited := &io.LimitedReader{R: conn, N: maxResponseHeader}
+	source := &errorKeeper{r: conn}
+	limited := &io.LimitedReader{R: source, N: maxResponseHeader}
 	br := bufio.NewReader(limited)
 	res, err := readFinal(br) //nolint:bodyclose // it is read from conn, which is closed by the caller
 	if err != nil {
-		if limited.N <= 0 {
+		switch {
+		case source.err != nil:
+			err = source.err // the parser calls half a line malformed
+		case limited.N <= 0:
 			err = errors.New("the response header is too long")
 		}
 		return nil, fmt.Errorf("reading handshake response: %w", err)
@@ -69,9 +73,23 @@ func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
 	return q.upgrade(res, br, key)
 }
 
+// errorKeeper remembers why reading ended, if it was not the end of the stream.
+type errorKeeper struct {
+	r   io.Reader
+	err error
+}
+
+func (k *errorKeeper) Read(p []byte) (int, error) {
+	n, err := k.r.Read(p)
+	if err != nil && err != io.EOF {
+		k.err = err
+	}
+	return n, err
+}
+
 // readFinal reads responses until one is no 1xx, but for 101 (RFC 9110 §15.2).
 func readFinal(br *bufio.Reader) (*http.Response, error) {
-	for range maxInformational {
+	for range maxInformational + 1 {
 		res, err := http.ReadResponse(br, &http.Request{Method: http.MethodGet})
 		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			return res, err

@@ -49,12 +49,22 @@ func (s *scripted) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// newRequest is NewRequest of a request that is no attack.
+func newRequest(t *testing.T, r *http.Request, id string, trusted bool, offer deflate.Negotiation) *Request {
+	t.Helper()
+	q, err := NewRequest(r, id, trusted, offer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
 // asked is a request that offers the subprotocols chat and superchat, and
 // compression.
 func asked(t *testing.T) *Request {
 	t.Helper()
 	r := received(t, get, "Sec-WebSocket-Protocol: chat", "Sec-WebSocket-Protocol: superchat,", "Sec-WebSocket-Extensions: permessage-deflate")
-	return NewRequest(r, "id", false, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], deflate.On))
+	return newRequest(t, r, "id", false, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], deflate.On))
 }
 
 // switching is an answer of 101 with what makes it good, and more lines.

@@ -31,10 +31,19 @@ func IsUpgrade(r *http.Request) bool {
 
 // Check returns why an upgrade request must be refused (RFC 6455 §4.2.1), or nil.
 func Check(r *http.Request) *Refusal {
+	no := check(r)
+	if no != nil && hasBody(r) {
+		// Else net/http would first wait for a body that may never come.
+		no.Header.Set("Connection", "close")
+	}
+	return no
+}
+
+func check(r *http.Request) *Refusal {
 	switch {
 	case r.Method != http.MethodGet:
 		return refuse(http.StatusMethodNotAllowed, "a WebSocket handshake must be a GET", "Allow", http.MethodGet)
-	case r.ContentLength != 0 || len(r.TransferEncoding) > 0:
+	case hasBody(r):
 		// What follows such a request belongs to its body, not to the tunnel.
 		return refuse(http.StatusBadRequest, "a WebSocket handshake must not have a body")
 	case !exactly(r.Header["Sec-Websocket-Version"], "13"):
@@ -57,6 +66,11 @@ func refuse(status int, text string, header ...string) *Refusal {
 		h.Set(header[i], header[i+1])
 	}
 	return &Refusal{Status: status, Header: h, Err: errors.New(text)}
+}
+
+// hasBody reports whether a body was declared, by length or as chunked.
+func hasBody(r *http.Request) bool {
+	return r.ContentLength != 0 || len(r.TransferEncoding) > 0
 }
 
 func exactly(values []string, want string) bool {

@@ -98,8 +98,8 @@ func TestCheck(t *testing.T) {
 		{"POST", "POST /chat HTTP/1.1", nil, 405, "Allow", "GET"},
 		{"HEAD", "HEAD /chat HTTP/1.1", nil, 405, "Allow", "GET"},
 		{"lower case method", "get /chat HTTP/1.1", nil, 405, "Allow", "GET"},
-		{"declared body", get, []string{"Content-Length: 1"}, 400, "", ""},
-		{"chunked body", get, []string{"Transfer-Encoding: chunked"}, 400, "", ""},
+		{"declared body", get, []string{"Content-Length: 1"}, 400, "Connection", "close"},
+		{"chunked body", get, []string{"Transfer-Encoding: chunked"}, 400, "Connection", "close"},
 		{"no version", get, []string{"Sec-WebSocket-Version:"}, 426, "Sec-Websocket-Version", "13"},
 		{"old version", get, []string{"Sec-WebSocket-Version: 8"}, 426, "Sec-Websocket-Version", "13"},
 		{"list of versions", get, []string{"Sec-WebSocket-Version: 13, 8"}, 426, "Sec-Websocket-Version", "13"},
@@ -113,7 +113,7 @@ func TestCheck(t *testing.T) {
 		{"key of another alphabet", get, []string{"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j_Q=="}, 400, "", ""},
 		// What is wrong first decides, in the order method, body, version, key.
 		{"all wrong", "POST /chat HTTP/1.1", []string{"Content-Length: 1", "Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"}, 405, "Allow", "GET"},
-		{"all but the method wrong", get, []string{"Content-Length: 1", "Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"}, 400, "", ""},
+		{"all but the method wrong", get, []string{"Content-Length: 1", "Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"}, 400, "Connection", "close"},
 		{"version and key wrong", get, []string{"Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"}, 426, "Sec-Websocket-Version", "13"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

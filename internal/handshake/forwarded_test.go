@@ -68,7 +68,7 @@ func TestForwardedHeadersAreThoseOfReverseProxy(t *testing.T) {
 									r.Header[name] = slices.Clone(v)
 								}
 							}
-							got, _ := sent(t, NewRequest(r, "id", trusted, deflate.Negotiation{}))
+							got, _ := sent(t, newRequest(t, r, "id", trusted, deflate.Negotiation{}))
 							want := reverseProxied(t, theirs, transport, r, trusted)
 							for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"} {
 								if !slices.Equal(got.Header[name], want[name]) {

@@ -2,6 +2,7 @@ package handshake
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -43,15 +44,24 @@ var wireNames = map[string]string{
 
 // NewRequest makes the request for the backends from r, which passed Check. id
 // names the connection; trusted says that r comes from a trusted proxy, whose
-// X-Forwarded-* headers are continued.
-func NewRequest(r *http.Request, id string, trusted bool, offer deflate.Negotiation) *Request {
+// X-Forwarded-* headers are continued. A host or a target that would break out of
+// its line is an error: the server that received r refuses them, but a handler may
+// have made them of what the client sent.
+func NewRequest(r *http.Request, id string, trusted bool, offer deflate.Negotiation) (*Request, error) {
+	target := r.URL.RequestURI()
+	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return nil, fmt.Errorf("invalid request target %q", target)
+	}
+	if !httpguts.ValidHostHeader(r.Host) {
+		return nil, fmt.Errorf("invalid host %q", r.Host)
+	}
 	h := r.Header.Clone()
 	stripHop(h)
 	for _, name := range dialHeaders {
 		h.Del(name)
 	}
 	for name := range h {
-		if strings.HasPrefix(name, "Holdfast-") {
+		if ownHeader(name) {
 			delete(h, name)
 		}
 	}
@@ -59,13 +69,20 @@ func NewRequest(r *http.Request, id string, trusted bool, offer deflate.Negotiat
 	h[IDHeader] = []string{id}
 
 	var b bytes.Buffer
-	b.WriteString("GET " + r.URL.RequestURI() + " HTTP/1.1\r\nHost: " + r.Host + "\r\n")
+	b.WriteString("GET " + target + " HTTP/1.1\r\nHost: " + r.Host + "\r\n")
 	writeHeader(&b, h)
 	return &Request{
 		head:         bytes.Clone(b.Bytes()),
 		subprotocols: tokens(h["Sec-Websocket-Protocol"]),
 		offer:        offer,
-	}
+	}, nil
+}
+
+// ownHeader reports whether a header's name is one of ours, also as CGI and its
+// kin would read it, which turn both - and _ into _.
+func ownHeader(name string) bool {
+	const prefix = "holdfast-"
+	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
 }
 
 // wire returns the request as it goes to a backend with the given key.

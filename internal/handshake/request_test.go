@@ -35,7 +35,7 @@ func TestNewRequestKeepsWhatIsForTheBackend(t *testing.T) {
 		"Origin: https://example.com", "User-Agent: test", "X-Several: 1", "X-Several: 2", "X-Empty: ",
 		"Sec-WebSocket-Protocol: chat, superchat", "Sec-WebSocket-Extensions: x-webkit-deflate-frame")
 	r.Header["X-Empty"] = []string{""}
-	got, raw := sent(t, NewRequest(r, "id-1", false, deflate.Negotiation{}))
+	got, raw := sent(t, newRequest(t, r, "id-1", false, deflate.Negotiation{}))
 	if got.Method != http.MethodGet || got.RequestURI != "/a%2Fb/c%20d?x=1&y=%0d%0a" || got.Proto != "HTTP/1.1" {
 		t.Errorf("got %s %s %s, want the client's path and query as they were", got.Method, got.RequestURI, got.Proto)
 	}
@@ -79,7 +79,7 @@ func compareHeader(t *testing.T, got, want http.Header) {
 func TestNewRequestLeavesTheClientsAlone(t *testing.T) {
 	r := received(t, get, "Connection: upgrade, X-Hop", "X-Hop: 1", "Holdfast-Connection: forged", "X-Forwarded-For: 10.0.0.1")
 	before := r.Header.Clone()
-	NewRequest(r, "id", false, deflate.Negotiation{})
+	newRequest(t, r, "id", false, deflate.Negotiation{})
 	compareHeader(t, r.Header, before)
 }
 
@@ -90,7 +90,7 @@ func TestNewRequestRemovesWhatIsNotForTheBackend(t *testing.T) {
 		"Proxy-Authorization: Basic abc", "Proxy-Authenticate: Basic", "Te: trailers", "Trailer: X", "Alt-Svc: h3",
 		"Content-Length: 0", "Holdfast-Connection: forged", "holdfast-resume: attempt=1", "HOLDFAST-X: 1",
 		"X-Kept: yes")
-	got, _ := sent(t, NewRequest(r, "id-2", false, deflate.Negotiation{}))
+	got, _ := sent(t, newRequest(t, r, "id-2", false, deflate.Negotiation{}))
 	for _, name := range []string{
 		"X-Hop", "X-Other-Hop", "X-Third", "Keep-Alive", "Proxy-Connection", "Proxy-Authorization", "Proxy-Authenticate",
 		"Te", "Trailer", "Alt-Svc", "Content-Length", "Holdfast-Resume", "Holdfast-X",
@@ -114,7 +114,7 @@ func TestNewRequestRemovesWhatIsNotForTheBackend(t *testing.T) {
 func TestNominatedHeadersDoNotTouchTheProxysOwn(t *testing.T) {
 	r := received(t, get, "Connection: Upgrade, Host, Upgrade, Sec-WebSocket-Key, Sec-WebSocket-Version, X-Forwarded-For, "+
 		"X-Forwarded-Proto, X-Forwarded-Host, Holdfast-Connection, Connection")
-	got, _ := sent(t, NewRequest(r, "id-3", false, deflate.Negotiation{}))
+	got, _ := sent(t, newRequest(t, r, "id-3", false, deflate.Negotiation{}))
 	compareHeader(t, got.Header, http.Header{
 		"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "Sec-Websocket-Version": {"13"}, "Sec-Websocket-Key": {sampleKey},
 		"Holdfast-Connection": {"id-3"},
@@ -124,7 +124,7 @@ func TestNominatedHeadersDoNotTouchTheProxysOwn(t *testing.T) {
 
 func TestEveryDialHasItsOwnKeyAndOffer(t *testing.T) {
 	r := received(t, get, "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
-	q := NewRequest(r, "id", false, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], deflate.On))
+	q := newRequest(t, r, "id", false, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], deflate.On))
 	got, raw := sent(t, q)
 	if want := "permessage-deflate; client_no_context_takeover"; got.Header.Get("Sec-Websocket-Extensions") != want {
 		t.Errorf("got offer %q, want %q", got.Header.Get("Sec-Websocket-Extensions"), want)
@@ -142,28 +142,35 @@ func TestEveryDialHasItsOwnKeyAndOffer(t *testing.T) {
 func TestNothingBreaksOutOfItsLine(t *testing.T) {
 	const evil = "x\r\nX-Injected: 1\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: y"
 	for _, test := range []struct {
-		name string
-		set  func(r *http.Request)
+		name    string
+		set     func(r *http.Request)
+		refused bool
 	}{
-		{"value", func(r *http.Request) { r.Header["X-Value"] = []string{evil} }},
-		{"value with a line feed", func(r *http.Request) { r.Header["X-Value"] = []string{"x\nX-Injected: 1"} }},
-		{"name", func(r *http.Request) { r.Header["X: 1\r\nX-Injected"] = []string{"1"} }},
-		{"name with a colon", func(r *http.Request) { r.Header["X-Injected: 1\r\nX"] = []string{"1"} }},
-		{"subprotocol", func(r *http.Request) { r.Header["Sec-Websocket-Protocol"] = []string{evil} }},
-		{"forwarded host", func(r *http.Request) { r.Header["X-Forwarded-Host"] = []string{evil} }},
-		{"forwarded for", func(r *http.Request) { r.Header["X-Forwarded-For"] = []string{evil} }},
-		{"remote address", func(r *http.Request) { r.RemoteAddr = "[" + evil + "]:1" }},
-		{"host", func(r *http.Request) { r.Host = evil }},
-		{"host with a line feed", func(r *http.Request) { r.Host = "x\nX-Injected: 1" }},
-		{"path", func(r *http.Request) { r.URL = &url.URL{Path: "/" + evil} }},
-		{"query", func(r *http.Request) { r.URL = &url.URL{Path: "/", RawQuery: evil} }},
-		{"opaque", func(r *http.Request) { r.URL = &url.URL{Opaque: "/ HTTP/1.1\r\nX-Injected: 1\r\nX: "} }},
+		{"value", func(r *http.Request) { r.Header["X-Value"] = []string{evil} }, false},
+		{"value with a line feed", func(r *http.Request) { r.Header["X-Value"] = []string{"x\nX-Injected: 1"} }, false},
+		{"name", func(r *http.Request) { r.Header["X: 1\r\nX-Injected"] = []string{"1"} }, false},
+		{"name with a colon", func(r *http.Request) { r.Header["X-Injected: 1\r\nX"] = []string{"1"} }, false},
+		{"subprotocol", func(r *http.Request) { r.Header["Sec-Websocket-Protocol"] = []string{evil} }, false},
+		{"forwarded host", func(r *http.Request) { r.Header["X-Forwarded-Host"] = []string{evil} }, false},
+		{"forwarded for", func(r *http.Request) { r.Header["X-Forwarded-For"] = []string{evil} }, false},
+		{"remote address", func(r *http.Request) { r.RemoteAddr = "[" + evil + "]:1" }, false},
+		{"host", func(r *http.Request) { r.Host = evil }, true},
+		{"host with a line feed", func(r *http.Request) { r.Host = "x\nX-Injected: 1" }, true},
+		{"path", func(r *http.Request) { r.URL = &url.URL{Path: "/" + evil} }, false},
+		{"query", func(r *http.Request) { r.URL = &url.URL{Path: "/", RawQuery: evil} }, true},
+		{"opaque", func(r *http.Request) { r.URL = &url.URL{Opaque: "/ HTTP/1.1\r\nX-Injected: 1\r\nX: "} }, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			for _, trusted := range []bool{false, true} {
 				r := received(t, get)
 				test.set(r)
-				q := NewRequest(r, "id", trusted, deflate.Negotiation{})
+				q, err := NewRequest(r, "id", trusted, deflate.Negotiation{})
+				if (err != nil) != test.refused {
+					t.Fatalf("error: got %v, want one: %t", err, test.refused)
+				}
+				if err != nil {
+					continue
+				}
 				raw := string(q.wire(sampleKey))
 				if strings.Contains(raw, "\nX-Injected:") {
 					t.Errorf("got a line of another's making:\n%s", raw)
@@ -188,7 +195,7 @@ func TestRequestURI(t *testing.T) {
 		{"http://example.com", "/"},
 		{"//evil.example/x", "//evil.example/x"},
 	} {
-		got, _ := sent(t, NewRequest(received(t, "GET "+test.target+" HTTP/1.1"), "id", false, deflate.Negotiation{}))
+		got, _ := sent(t, newRequest(t, received(t, "GET "+test.target+" HTTP/1.1"), "id", false, deflate.Negotiation{}))
 		if got.RequestURI != test.want {
 			t.Errorf("%s: got request line with %q, want %q", test.target, got.RequestURI, test.want)
 		}
@@ -201,7 +208,7 @@ func TestRewritesReachTheBackend(t *testing.T) {
 	r.URL.Path, r.URL.RawQuery, r.Host = "/new path", "y=2", "other.example"
 	r.Header.Set("X-New", "1")
 	r.TLS = new(tls.ConnectionState)
-	got, _ := sent(t, NewRequest(r, "id", false, deflate.Negotiation{}))
+	got, _ := sent(t, newRequest(t, r, "id", false, deflate.Negotiation{}))
 	if got.RequestURI != "/new%20path?y=2" || got.Host != "other.example" || got.Header.Get("X-New") != "1" {
 		t.Errorf("got %s, Host %s, X-New %q, want what the handler set", got.RequestURI, got.Host, got.Header.Get("X-New"))
 	}

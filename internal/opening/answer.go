@@ -26,13 +26,13 @@ type Answer struct {
 func (a *Answer) Upgraded() bool { return a.res.Upgraded }
 
 // Relay gives the client an answer that is no 101 as it is: status, header, body.
-func (a *Answer) Relay(w http.ResponseWriter, r *http.Request) {
+func (a *Answer) Relay(o *Opening, w http.ResponseWriter) {
 	defer a.conn.Close()
-	stop := context.AfterFunc(r.Context(), func() { _ = a.conn.SetDeadline(past) })
+	stop := context.AfterFunc(o.ctx, func() { _ = a.conn.SetDeadline(past) })
 	defer stop()
 	a.res.RelayHeader(w.Header())
 	w.WriteHeader(a.res.HTTP.StatusCode)
-	body := &patientReader{conn: a.conn, body: a.res.HTTP.Body, patience: a.stall}
+	body := &patientReader{ctx: o.ctx, conn: a.conn, body: a.res.HTTP.Body, patience: a.stall}
 	if _, err := io.Copy(flusher{w, http.NewResponseController(w)}, body); err != nil {
 		// The status is out; only breaking off tells the client that this is not all.
 		panic(http.ErrAbortHandler)
@@ -41,6 +41,7 @@ func (a *Answer) Relay(w http.ResponseWriter, r *http.Request) {
 
 // patientReader reads a body that may come slowly but must not pause for long.
 type patientReader struct {
+	ctx      context.Context
 	conn     net.Conn
 	body     io.Reader
 	patience time.Duration
@@ -48,6 +49,10 @@ type patientReader struct {
 
 func (p *patientReader) Read(b []byte) (int, error) {
 	_ = p.conn.SetReadDeadline(time.Now().Add(p.patience))
+	// Looked at after the deadline was set: it may have replaced the one in the past.
+	if err := p.ctx.Err(); err != nil {
+		return 0, err
+	}
 	return p.body.Read(b)
 }
 
@@ -66,22 +71,24 @@ func (f flusher) Write(b []byte) (int, error) {
 }
 
 // Upgrade gives the client its 101, takes its connection over, and makes the
-// session, which owns the record from then on. Without an error and without a
-// session the connection's end came first, and both peers have been told.
+// session, which owns the record from then on and is to be run.
 func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, settings func() session.Settings) (*session.Session, error) {
+	// Before the 101: a client that has it finds its connection open in the registry.
+	if !o.rec.Open(a.res.Subprotocol) {
+		_ = a.conn.Close()
+		return nil, ErrEnded
+	}
 	a.res.AnswerHeader(w.Header(), r.Header.Get("Sec-WebSocket-Key"))
 	conn, early, err := hijack.SwitchProtocols(w)
 	if err != nil {
 		_ = a.conn.Close()
+		o.rec.Close(registry.Ending{Reason: registry.ClientGone})
 		return nil, err
 	}
 	s := session.New(o.rec, a.place, settings,
 		session.Peer{Conn: conn, Early: early},
 		session.Peer{Conn: a.conn, Early: a.res.Early},
 		a.res.Compression.Compressed())
-	if !o.rec.Open(s, a.res.Subprotocol) {
-		s.Refuse()
-		return nil, nil
-	}
+	o.rec.Handover(s)
 	return s, nil
 }

@@ -138,7 +138,7 @@ func (o *Opening) try(c Config, t *Target, q *handshake.Request) (*Answer, error
 	}
 	if err != nil {
 		_ = conn.Close()
-		return nil, err
+		return nil, fmt.Errorf("handshake with %s: %w", t.Address, err)
 	}
 	return &Answer{res: res, conn: conn, place: t.Place, stall: c.HandshakeTimeout}, nil
 }
@@ -154,8 +154,10 @@ const statusClientClosed = 499
 func (o *Opening) Status(err error) int {
 	var timeout net.Error
 	switch {
-	case errors.Is(err, ErrNoUpstream), errors.Is(err, ErrEnded):
+	case errors.Is(err, ErrNoUpstream):
 		return http.StatusServiceUnavailable
+	case errors.Is(err, http.ErrNotSupported): // there is no connection to take over
+		return http.StatusInternalServerError
 	case o.ctx.Err() != nil:
 		return statusClientClosed
 	case errors.As(err, &timeout) && timeout.Timeout():

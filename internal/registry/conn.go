@@ -57,7 +57,7 @@ type Conn struct {
 	deadline    time.Time // when state must have been left; zero: no such time
 	closeAt     time.Time // when a paced end is due; zero: none planned
 	closeWhy    Ending
-	reason      Reason
+	ending      Ending
 	owner       Owner
 	upstream    *Upstream
 	dial        string
@@ -101,18 +101,30 @@ func (c *Conn) GiveUp() {
 	c.leaveUpstream()
 }
 
-// Open enters Open under a new owner. It returns false if the connection's end
-// came first: then the caller has to drop both legs and call Done.
-func (c *Conn) Open(owner Owner, subprotocol string) bool {
+// Open enters Open: a backend has accepted, and the client is about to be told.
+// It returns false if the connection's end came first.
+func (c *Conn) Open(subprotocol string) bool {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
 	if !c.enter(Open, time.Time{}) {
 		return false
 	}
-	c.owner, c.subprotocol, c.openedAt = owner, subprotocol, c.since
+	c.subprotocol, c.openedAt = subprotocol, c.since
 	c.lastData.Store(int64(c.Age()))
 	c.reg.metrics.opened(c)
 	return true
+}
+
+// Handover gives the connection to another owner. If its end has come already,
+// the new owner is told, and has to carry it out like any other.
+func (c *Conn) Handover(owner Owner) {
+	c.reg.mu.Lock()
+	c.owner = owner
+	e, ended := c.ending, c.state == Closing
+	c.reg.mu.Unlock()
+	if ended {
+		owner.End(e)
+	}
 }
 
 // Close begins the connection's end. The first call wins; it tells the owner
@@ -123,7 +135,7 @@ func (c *Conn) Close(e Ending) bool {
 		c.reg.mu.Unlock()
 		return false
 	}
-	c.reason = e.Reason
+	c.ending = e
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.End(e)
@@ -166,7 +178,7 @@ func (c *Conn) PlannedEnd() (time.Time, Ending) {
 func (c *Conn) Reason() Reason {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
-	return c.reason
+	return c.ending.Reason
 }
 
 // Count adds to the connection's and its route's totals. This is the one place

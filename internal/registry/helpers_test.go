@@ -66,10 +66,15 @@ func opened(t *testing.T, r *Registry, route *Route, o Owner, upstream string) *
 	t.Helper()
 	c := admit(t, r, route, o)
 	c.Attempt(choose(route, upstream), upstream, time.Time{})
-	if !c.Open(o, "") {
-		t.Fatal("got Open refused, want it open")
-	}
+	open(c, o, "")
 	return c
+}
+
+// open opens a connection under a new owner.
+func open(c *Conn, o Owner, subprotocol string) {
+	if c.Open(subprotocol) {
+		c.Handover(o)
+	}
 }
 
 // finish ends a connection and removes its record.
@@ -98,9 +103,9 @@ func force(t *testing.T, c *Conn, s State) {
 	switch s {
 	case Connecting:
 	case Open:
-		c.Open(new(owner), "")
+		open(c, new(owner), "")
 	case Closing:
-		c.Open(new(owner), "")
+		open(c, new(owner), "")
 		c.Close(Ending{Reason: Admin})
 	case Closed:
 		finish(c, Admin)

@@ -138,11 +138,11 @@ func TestFilters(t *testing.T) {
 		info := func(client string) Info { return Info{Kind: WebSocket, Client: client} }
 		old, _ := r.Admit(a, info("10.0.0.1"), new(owner))
 		old.Attempt(choose(a, "app:80"), "10.1.1.1:80", time.Time{})
-		old.Open(new(owner), "")
+		open(old, new(owner), "")
 		time.Sleep(time.Minute)
 		closing, _ := r.Admit(b, info("10.0.0.1"), new(owner))
 		closing.Attempt(choose(b, "app:80"), "10.1.1.1:80", time.Time{})
-		closing.Open(new(owner), "")
+		open(closing, new(owner), "")
 		closing.Close(Ending{Reason: Idle})
 		time.Sleep(time.Minute)
 		dialing, _ := r.Admit(a, info("10.0.0.2"), new(owner))
@@ -207,7 +207,7 @@ func TestView(t *testing.T) {
 		}
 		c.Attempt(choose(route, "app:80"), "10.1.1.1:80", time.Now().Add(time.Second))
 		time.Sleep(time.Second)
-		c.Open(new(owner), "chat")
+		open(c, new(owner), "chat")
 		want.State, want.Upstream, want.Dial, want.Subprotocol = "open", "app:80", "10.1.1.1:80", "chat"
 		want.OpenedAt, want.Age, want.Idle = time.Now(), 0, 0
 		if got := c.View(); got != want {

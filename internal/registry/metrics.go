@@ -84,7 +84,7 @@ func (m *metrics) opened(c *Conn) {
 
 func (m *metrics) closed(c *Conn) {
 	kind, route := string(c.info.Kind), c.route.key.name
-	m.closedTotal.WithLabelValues(kind, route, string(c.reason)).Inc()
+	m.closedTotal.WithLabelValues(kind, route, string(c.ending.Reason)).Inc()
 	m.duration.WithLabelValues(kind, route).Observe(c.since.Sub(c.openedAt).Seconds())
 }
 

@@ -68,7 +68,7 @@ func TestMetricsFollowAConnection(t *testing.T) {
 		t.Error("got a connection counted as opened before it is")
 	}
 	c.Attempt(choose(route, "app:80"), "app:80", c.accepted)
-	c.Open(new(owner), "")
+	open(c, new(owner), "")
 	expect("open", map[string]float64{
 		"active websocket a connecting": 0, "active websocket a open": 1, "opened_total websocket a": 1,
 	})
@@ -81,7 +81,7 @@ func TestMetricsFollowAConnection(t *testing.T) {
 	expect("closing", map[string]float64{"active websocket a open": 0, "active websocket a closing": 1})
 	c.Done()
 	expect("closed", map[string]float64{
-		"active websocket a closing": 0, "closed_total idle websocket a": 1, "duration_seconds websocket a": 1,
+		"active websocket a closing": 0, "closed_total websocket idle a": 1, "duration_seconds websocket a": 1,
 	})
 	for key := range gathered(t, r) {
 		if strings.HasSuffix(key, " closed") {
@@ -97,7 +97,7 @@ func TestGaugesAreZeroWhenAllAreDone(t *testing.T) {
 		c := admit(t, r, route, new(owner))
 		if i%3 > 0 {
 			c.Attempt(choose(route, "app:80"), "app:80", c.accepted)
-			c.Open(new(owner), "")
+			open(c, new(owner), "")
 		}
 		if i%3 > 0 || i%2 == 0 {
 			c.Close(Ending{Reason: Lifetime})
@@ -116,7 +116,7 @@ func TestGaugesAreZeroWhenAllAreDone(t *testing.T) {
 		t.Error("got no gauges: the test is void")
 	}
 	// A connection that was never open has not been closed.
-	if got := gathered(t, r)["closed_total lifetime websocket a"]; got != 40 {
+	if got := gathered(t, r)["closed_total websocket lifetime a"]; got != 40 {
 		t.Errorf("got %v closed, want the 40 that were open", got)
 	}
 }
@@ -138,13 +138,13 @@ func TestMetricsGoWithTheirRoute(t *testing.T) {
 			t.Errorf("got series %q of a route that is gone", key)
 		}
 	}
-	if gathered(t, r)["closed_total idle websocket kept"] != 1 {
+	if gathered(t, r)["closed_total websocket idle kept"] != 1 {
 		t.Error("got the series of another route deleted")
 	}
 
 	again := r.Retain(WebSocket, "gone")
 	finish(opened(t, r, again, new(owner), "app:80"), Idle)
-	if got := gathered(t, r)["closed_total idle websocket gone"]; got != 1 {
+	if got := gathered(t, r)["closed_total websocket idle gone"]; got != 1 {
 		t.Errorf("got %v closed on a route that came back, want to count anew", got)
 	}
 }

@@ -151,7 +151,8 @@ func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
 	now := time.Now()
 	for i, c := range conns {
-		c.CloseAt(now.Add(window*time.Duration(i+1)/time.Duration(len(conns))), e)
+		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
+		c.CloseAt(now.Add(time.Duration(share*float64(window))), e)
 	}
 	return len(conns)
 }
@@ -201,7 +202,7 @@ func (r *Registry) remove(c *Conn) {
 	c.route.conns--
 	r.dropUnused(c.route)
 	if !c.openedAt.IsZero() {
-		r.closed[c.reason]++
+		r.closed[c.ending.Reason]++
 	}
 	if r.stopping && len(r.byID) == 0 {
 		close(r.drained)

@@ -37,7 +37,8 @@ func TestEveryTransition(t *testing.T) {
 				case Connecting:
 					return // nothing makes a record connect again
 				case Open:
-					got = c.Open(new(owner), "")
+					open(c, new(owner), "")
+					got = from == Connecting && c.State() == Open
 				case Closing:
 					got = c.Close(Ending{Reason: Lifetime})
 				case Closed:
@@ -92,7 +93,7 @@ func TestFirstReasonWins(t *testing.T) {
 				c := admit(t, r, r.Retain(WebSocket, "a"), dialing)
 				told, idle := dialing, session
 				if isOpen {
-					c.Open(session, "")
+					open(c, session, "")
 					told, idle = session, dialing
 				}
 				want := Ending{Reason: first, Code: 4001, Text: "first"}
@@ -151,8 +152,9 @@ func TestConcurrentTriggersEndOnce(t *testing.T) {
 	}
 }
 
-// The end may come while a connection is about to open: then either Open fails
-// and the one who dialed is told, or the session is.
+// The end may come while a connection is about to open: then Open fails, and who
+// dialed is told; or it comes before or after the session has taken over, which is
+// told in either case, once.
 func TestOpenAgainstClose(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
@@ -161,12 +163,19 @@ func TestOpenAgainstClose(t *testing.T) {
 		c := admit(t, r, route, dialing)
 		var isOpen, closed bool
 		var both sync.WaitGroup
-		both.Go(func() { isOpen = c.Open(session, "chat") })
-		both.Go(func() { closed = c.Close(Ending{Reason: Admin}) })
+		both.Go(func() {
+			if isOpen = c.Open("chat"); isOpen {
+				c.Handover(session)
+			}
+		})
+		both.Go(func() { closed = c.Close(Ending{Reason: Admin, Code: 4001}) })
 		both.Wait()
-		d, s := len(dialing.ended()), len(session.ended())
-		if !closed || isOpen && (s != 1 || d != 0) || !isOpen && (s != 0 || d != 1) {
-			t.Fatalf("got opened %t, closed %t, session told %d times, dialing %d times", isOpen, closed, s, d)
+		d, s := dialing.ended(), session.ended()
+		if !closed || len(d) > 1 || c.State() != Closing {
+			t.Fatalf("got closed %t, state %v, dialing told %v", closed, c.State(), d)
+		}
+		if isOpen && (len(s) != 1 || s[0].Code != 4001) || !isOpen && (len(s) != 0 || len(d) != 1) {
+			t.Fatalf("got opened %t, session told %v, dialing %v", isOpen, s, d)
 		}
 		c.Done()
 	}
@@ -228,7 +237,7 @@ func TestRandomEventOrders(t *testing.T) {
 		for range 12 {
 			switch event := rng.IntN(5); {
 			case event == 0:
-				c.Open(new(owner), "")
+				open(c, new(owner), "")
 				if want == Connecting {
 					want = Open
 				}

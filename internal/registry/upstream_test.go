@@ -40,7 +40,7 @@ func TestPlacesAreGivenBackOnce(t *testing.T) {
 				c.GiveUp()
 				delete(at, c)
 			case 3:
-				c.Open(new(owner), "")
+				open(c, new(owner), "")
 			case 4:
 				finish(c, Idle)
 				delete(at, c)

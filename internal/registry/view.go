@@ -40,7 +40,7 @@ func (c *Conn) View() View {
 // view is View with Registry.mu held.
 func (c *Conn) view(now time.Time) View {
 	v := View{
-		ID: c.id, Kind: c.info.Kind, Route: c.route.key.name, State: c.state.String(), Reason: c.reason,
+		ID: c.id, Kind: c.info.Kind, Route: c.route.key.name, State: c.state.String(), Reason: c.ending.Reason,
 		Client: c.info.Client, Dial: c.dial, Host: c.info.Host, URI: c.info.URI, SNI: c.info.SNI,
 		Protocol: c.info.Protocol, Subprotocol: c.subprotocol, OpenedAt: c.opened(),
 		BytesIn: c.bytes[In].Load(), BytesOut: c.bytes[Out].Load(),

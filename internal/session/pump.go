@@ -72,19 +72,19 @@ func (s *Session) forward(src, dst *leg, way registry.Direction) error {
 	for {
 		u, err := src.in.Next()
 		if err != nil || u == nil {
-			s.flush(src, dst, way, &b)
+			s.flush(src, dst, way, &b, nil)
 			return err
 		}
 		switch {
 		case u.Op == ws.OpClose:
-			s.flush(src, dst, way, &b)
+			s.flush(src, dst, way, &b, u)
 			s.closeFrom(src, dst, u)
 			return errHeardClose
 		case u.Op == ws.OpPong && s.ownPong(src, u):
-			s.flush(src, dst, way, &b)
+			s.flush(src, dst, way, &b, nil)
 		default:
 			if !b.add(u) {
-				s.flush(src, dst, way, &b)
+				s.flush(src, dst, way, &b, u)
 				b.add(u)
 			}
 		}
@@ -120,12 +120,20 @@ func (b *batch) add(u *frame.Unit) bool {
 }
 
 // flush writes the batch, counts it, and empties it. After dst was told the end
-// it is dropped.
-func (s *Session) flush(src, dst *leg, way registry.Direction, b *batch) {
+// it is dropped. next is a unit that is to follow, or nil.
+func (s *Session) flush(src, dst *leg, way registry.Direction, b *batch, next *frame.Unit) {
 	if len(b.wire) > 0 {
-		src.unpassed.Store(int64(src.in.Buffered()))
-		if s.mayWrite(dst) && s.write(dst, b.wire) && b.frames > 0 {
-			s.rec.Count(way, b.data, b.messages)
+		unpassed := src.in.Buffered()
+		if next != nil {
+			unpassed += len(next.Wire)
+		}
+		src.unpassed.Store(int64(unpassed))
+		if s.mayWrite(dst) {
+			// Counted first, so that who sees a message finds it counted.
+			if b.frames > 0 {
+				s.rec.Count(way, b.data, b.messages)
+			}
+			s.write(dst, b.wire)
 		}
 	}
 	*b = batch{}

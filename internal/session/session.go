@@ -98,6 +98,11 @@ func New(rec *registry.Conn, upstream *registry.Upstream, settings func() Settin
 // Run relays until the end and returns when nothing of the connection is left.
 // It is called once, after the record was opened with s as its owner.
 func (s *Session) Run() {
+	// Caddy may have armed one after the hijack: its flush at the end of a request
+	// does, with write_timeout. (The clock bounds an end that came before this.)
+	for side := range s.legs {
+		_ = s.legs[side].conn.SetWriteDeadline(time.Time{})
+	}
 	s.mu.Lock()
 	s.lifeBegins = s.now()
 	for side := range s.legs {

@@ -12,14 +12,14 @@ import (
 
 // Info is what the kernel knows of a TCP or Unix socket at one moment.
 type Info struct {
-	// Reset: the connection is broken; what was not read is lost.
+	// Reset: the connection is broken, and nobody has been told yet.
 	Reset bool
 	// Finished: the peer will send no more than the Unread bytes.
 	Finished bool
 	// Unread is the number of bytes that wait to be read.
 	Unread int
 	// Unsent is the number of bytes written that the peer's kernel has not
-	// acknowledged.
+	// acknowledged; for Unix sockets, of kernel memory that they take.
 	Unsent int
 	// Acked counts, for TCP, the bytes that the peer's kernel has acknowledged
 	// over the connection's life; 0 for Unix sockets.

@@ -1,0 +1,296 @@
+// This file is an in-memory connection that behaves like TCP where a session can
+// tell: a bounded buffer each way, deadlines, half-close and reset.
+
+package session
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// defaultBuffer is how many bytes a memConn takes that its peer has not read.
+const defaultBuffer = 64 << 10
+
+// memConn is one end of a connection.
+type memConn struct {
+	in, out *stream
+}
+
+// newMemPipe returns the two ends of a connection with buffer bytes each way.
+func newMemPipe(buffer int) (a, b *memConn) {
+	ab, ba := newStream(buffer), newStream(buffer)
+	return &memConn{in: ba, out: ab}, &memConn{in: ab, out: ba}
+}
+
+// stream is one direction of a connection. mu is never held while somebody
+// waits: Cond.Wait gives it up, and counts as durably blocked in a bubble.
+type stream struct {
+	mu      sync.Mutex
+	changed sync.Cond
+	ring    []byte
+	first   int // index of the oldest byte
+	n       int // bytes in ring
+	fin     bool
+	left    bool // the reader has closed: nobody takes what is written
+	reset   bool
+	readBy  deadline
+	writeBy deadline
+}
+
+func newStream(buffer int) *stream {
+	s := &stream{ring: make([]byte, buffer)}
+	s.changed.L = &s.mu
+	return s
+}
+
+// Read returns what has arrived, as much as fits. A deadline that has passed
+// comes before the bytes, which stay for the next Read.
+func (c *memConn) Read(p []byte) (int, error) {
+	s := c.in
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		switch {
+		case s.left:
+			return 0, net.ErrClosed
+		case s.readBy.passed:
+			return 0, os.ErrDeadlineExceeded
+		case s.reset:
+			return 0, syscall.ECONNRESET
+		case s.n > 0:
+			return s.take(p), nil
+		case s.fin:
+			return 0, io.EOF
+		}
+		s.changed.Wait()
+	}
+}
+
+// Write blocks until the buffer has taken all of p.
+func (c *memConn) Write(p []byte) (n int, err error) {
+	s := c.out
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		switch {
+		case s.fin:
+			return n, net.ErrClosed
+		case s.writeBy.passed:
+			return n, os.ErrDeadlineExceeded
+		case s.reset:
+			return n, syscall.ECONNRESET
+		case s.left:
+			return n, syscall.EPIPE
+		}
+		n += s.put(p[n:])
+		if n == len(p) {
+			return n, nil
+		}
+		s.changed.Wait()
+	}
+}
+
+// Close ends both directions. What was written before is still delivered.
+func (c *memConn) Close() error {
+	c.in.update(func() { c.in.left = true })
+	return c.CloseWrite()
+}
+
+// CloseWrite sends a FIN after what was written.
+func (c *memConn) CloseWrite() error {
+	c.out.update(func() { c.out.fin = true })
+	return nil
+}
+
+// Reset breaks the connection for both ends. What was not read is lost.
+func (c *memConn) Reset() {
+	for _, s := range []*stream{c.in, c.out} {
+		s.update(func() { s.reset, s.n = true, 0 })
+	}
+}
+
+func (c *memConn) SetReadDeadline(t time.Time) error {
+	c.in.setDeadline(&c.in.readBy, t)
+	return nil
+}
+
+func (c *memConn) SetWriteDeadline(t time.Time) error {
+	c.out.setDeadline(&c.out.writeBy, t)
+	return nil
+}
+
+// closed reports whether this end was closed.
+func (c *memConn) closed() bool {
+	c.in.mu.Lock()
+	defer c.in.mu.Unlock()
+	return c.in.left
+}
+
+// room returns how many bytes a Write would take at once.
+func (c *memConn) room() int {
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	return len(c.out.ring) - c.out.n
+}
+
+// take moves bytes from the ring to p. mu is held.
+func (s *stream) take(p []byte) (n int) {
+	for n < len(p) && s.n > 0 {
+		run := min(s.n, len(s.ring)-s.first)
+		m := copy(p[n:], s.ring[s.first:s.first+run])
+		s.first = (s.first + m) % len(s.ring)
+		s.n -= m
+		n += m
+	}
+	if n > 0 {
+		s.changed.Broadcast()
+	}
+	return n
+}
+
+// put moves bytes from p to the ring. mu is held.
+func (s *stream) put(p []byte) (n int) {
+	for n < len(p) && s.n < len(s.ring) {
+		end := (s.first + s.n) % len(s.ring)
+		run := min(len(s.ring)-s.n, len(s.ring)-end)
+		m := copy(s.ring[end:end+run], p[n:])
+		s.n += m
+		n += m
+	}
+	if n > 0 {
+		s.changed.Broadcast()
+	}
+	return n
+}
+
+func (s *stream) update(change func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change()
+	s.changed.Broadcast()
+}
+
+// deadline is guarded by the mutex of its stream.
+type deadline struct {
+	timer  *time.Timer
+	passed bool
+}
+
+func (s *stream) setDeadline(d *deadline, t time.Time) {
+	s.update(func() {
+		if d.timer != nil {
+			d.timer.Stop()
+			d.timer = nil
+		}
+		wait := time.Until(t)
+		d.passed = !t.IsZero() && wait <= 0
+		if t.IsZero() || d.passed {
+			return
+		}
+		var timer *time.Timer
+		timer = time.AfterFunc(wait, func() {
+			s.update(func() { d.passed = d.passed || d.timer == timer })
+		})
+		d.timer = timer
+	})
+}
+
+func TestMemConnKeepsTheContractOfConn(t *testing.T) {
+	rules := map[string]func(t *testing.T, a, b *memConn){
+		"a deadline in the past wakes a Read and loses nothing": func(t *testing.T, a, b *memConn) {
+			errs := make(chan error)
+			go func() {
+				_, err := b.Read(make([]byte, 8))
+				errs <- err
+			}()
+			synctest.Wait()
+			_ = b.SetReadDeadline(past)
+			if err := <-errs; err != os.ErrDeadlineExceeded {
+				t.Fatalf("got %v, want the deadline", err)
+			}
+			write(t, a, "kept")
+			if _, err := b.Read(make([]byte, 8)); err != os.ErrDeadlineExceeded {
+				t.Errorf("got %v before the deadline was lifted, want the deadline", err)
+			}
+			_ = b.SetReadDeadline(time.Time{})
+			wantRead(t, b, "kept", nil)
+		},
+		"a Write blocks when the buffer is full, up to its deadline": func(t *testing.T, a, b *memConn) {
+			began := time.Now()
+			_ = a.SetWriteDeadline(began.Add(3 * time.Second))
+			n, err := a.Write(make([]byte, 20))
+			if n != 16 || err != os.ErrDeadlineExceeded || time.Since(began) != 3*time.Second {
+				t.Errorf("got %d bytes, %v after %v, want 16, the deadline, after 3s", n, err, time.Since(began))
+			}
+		},
+		"a FIN comes after the data, and the other direction goes on": func(t *testing.T, a, b *memConn) {
+			write(t, a, "last")
+			_ = a.CloseWrite()
+			wantRead(t, b, "last", nil)
+			wantRead(t, b, "", io.EOF)
+			write(t, b, "answer")
+			wantRead(t, a, "answer", nil)
+		},
+		"a reset breaks both ends and loses the data": func(t *testing.T, a, b *memConn) {
+			write(t, a, "lost")
+			a.Reset()
+			wantRead(t, b, "", syscall.ECONNRESET)
+			if _, err := b.Write([]byte("x")); err != syscall.ECONNRESET {
+				t.Errorf("got %v, want a reset", err)
+			}
+		},
+		"Close wakes who waits": func(t *testing.T, a, b *memConn) {
+			errs := make(chan error, 2)
+			go func() {
+				_, err := a.Read(make([]byte, 1))
+				errs <- err
+			}()
+			go func() {
+				_, err := a.Write(make([]byte, 17))
+				errs <- err
+			}()
+			synctest.Wait()
+			_ = a.Close()
+			for range 2 {
+				if err := <-errs; err != net.ErrClosed {
+					t.Errorf("got %v, want closed", err)
+				}
+			}
+			if _, err := b.Write([]byte("x")); err != syscall.EPIPE {
+				t.Errorf("got %v, want a broken pipe", err)
+			}
+		},
+	}
+	for rule, check := range rules {
+		t.Run(rule, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b := newMemPipe(16)
+				check(t, a, b)
+			})
+		})
+	}
+}
+
+func write(t *testing.T, c *memConn, text string) {
+	t.Helper()
+	if _, err := c.Write([]byte(text)); err != nil {
+		t.Fatalf("got %v, want %q written", err, text)
+	}
+}
+
+func wantRead(t *testing.T, c *memConn, want string, wantErr error) {
+	t.Helper()
+	buf := make([]byte, 64)
+	n, err := c.Read(buf)
+	if got := string(buf[:n]); got != want || err != wantErr {
+		t.Errorf("got %q, %v, want %q, %v", got, err, want, wantErr)
+	}
+}
+
+var _ Conn = (*memConn)(nil)

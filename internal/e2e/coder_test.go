@@ -128,8 +128,7 @@ func coderType(kind string) websocket.MessageType {
 
 // coderEnding is what a failed read says about the end.
 func coderEnding(err error) ending {
-	var e websocket.CloseError
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[websocket.CloseError](err); ok {
 		return ending{Code: uint16(e.Code), Reason: e.Reason, Clean: true}
 	}
 	return ending{Code: 1006, Reason: err.Error()}

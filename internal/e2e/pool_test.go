@@ -123,6 +123,7 @@ func TestHeartbeat(t *testing.T) {
 			case ws.OpClose:
 				c.Write(ws.MustCompileFrame(ws.NewCloseFrame([]byte(payload))))
 				return
+			default:
 			}
 		}
 	})

@@ -98,8 +98,7 @@ func TestOffences(t *testing.T) {
 					var r Reader
 					r.Init(masked, test.compressed)
 					units, err := collect(t, &r, &chunks{stream, func() int { return step }})
-					var offence ProtocolError
-					if !errors.As(err, &offence) {
+					if _, ok := errors.AsType[ProtocolError](err); !ok {
 						t.Fatalf("got error %v, want a ProtocolError", err)
 					}
 					if got := wire(units); !bytes.Equal(got, before) {

@@ -181,6 +181,13 @@ func (c *Conn) Reason() Reason {
 	return c.ending.Reason
 }
 
+// Ending returns why the connection ended and what its client is to be told.
+func (c *Conn) Ending() Ending {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.ending
+}
+
 // Count adds to the connection's and its route's totals. This is the one place
 // where bytes and messages are counted: bytes are payload bytes of data frames
 // as they arrived from the peer that sent them.

@@ -258,7 +258,7 @@ func TestViewAsJSON(t *testing.T) {
 	if err := json.Unmarshal(b, &got); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range strings.Fields("id kind route state client upstream dial host uri protocol opened_at age idle " +
+	for name := range strings.FieldsSeq("id kind route state client upstream dial host uri protocol opened_at age idle " +
 		"bytes_in bytes_out messages_in messages_out") {
 		if _, ok := got[name]; !ok {
 			t.Errorf("got no %q in %s", name, b)

@@ -45,6 +45,8 @@ func TestEveryTransition(t *testing.T) {
 					c.Done()
 					_, left := r.Get(c.ID())
 					got = !left && from != Closed
+				default:
+					t.Fatalf("no way to %v", to)
 				}
 				if got != want {
 					t.Errorf("got transition %t, want %t", got, want)

@@ -12,6 +12,9 @@ const (
 	// noticed within it.
 	activePeriod = time.Second
 
+	// closingPeriod is how often it looks at one that ends.
+	closingPeriod = activePeriod / 4
+
 	// answerTimeout is how long a peer that has taken a close frame may be
 	// silent, or a write error unexplained.
 	answerTimeout = time.Second
@@ -171,7 +174,11 @@ func (s *Session) stalled(l *leg, now, limit time.Duration) bool {
 // Session.mu is held.
 func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (dead bool, next time.Duration) {
 	if set.PingInterval <= 0 {
+		l.nextPing = 0
 		return false, now + dormant
+	}
+	if l.nextPing == 0 {
+		l.nextPing = now + s.sooner(set.PingInterval)
 	}
 	next = now + dormant
 	if s.unanswered(l) && (l.side == clientSide || s.upstream.Answers.Load()) {
@@ -194,9 +201,7 @@ func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (d
 		l.wantPing = true
 		l.work.Store(true)
 		s.other(l).wake()
-		if l.side == clientSide || s.upstream.Answers.Load() {
-			next = min(next, now+set.PingTimeout)
-		}
+		next = min(next, now+activePeriod) // has it been written?
 	}
 	return false, min(next, l.nextPing)
 }

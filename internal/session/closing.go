@@ -57,7 +57,8 @@ func vanished(l *leg) registry.Reason {
 }
 
 // End leaves close frames with the legs, as the reason wants, and bounds what
-// is still being written. The record calls it, once.
+// is still being written. The record calls it once its end is decided; a pump that
+// leaves may be faster. Only the first call counts.
 func (s *Session) End(e registry.Ending) {
 	f := farewells[e.Reason]
 	if e.Code != 0 {
@@ -67,6 +68,10 @@ func (s *Session) End(e registry.Ending) {
 		f.text = e.Text
 	}
 	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return
+	}
 	s.closing = true
 	s.closingBy = s.now() + registry.ClosingTimeout
 	s.client().leaveClose(f.client, f.text)
@@ -111,9 +116,11 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	if src.side == backendSide {
 		reason = registry.BackendClosed
 	}
-	s.rec.Close(registry.Ending{Reason: reason})
 	s.mu.Lock()
 	src.heard, src.echo = true, u.Code
+	s.mu.Unlock()
+	s.rec.Close(registry.Ending{Reason: reason})
+	s.mu.Lock()
 	pass := !dst.said && !dst.wantClose && !dst.gone && dst.broken == 0
 	if pass {
 		dst.said = true
@@ -171,6 +178,7 @@ func (s *Session) finishedWith(l *leg) bool {
 // tellLast makes sure, when the pump from src leaves, that dst was told the end:
 // what is left with it or, if the peer that closed gets no answer, its own code.
 func (s *Session) tellLast(src, dst *leg) {
+	s.End(s.rec.Ending()) // whoever decided it may not have got to that yet
 	s.mu.Lock()
 	if dst.heard && !dst.said && !dst.wantClose {
 		dst.wantClose, dst.closeCode, dst.closeText = true, dst.echo, ""
@@ -196,5 +204,5 @@ func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool
 			l.wake()
 		}
 	}
-	return min(activePeriod/4, s.closingBy-now), false
+	return min(closingPeriod, s.closingBy-now), false
 }

@@ -49,7 +49,7 @@ type leg struct {
 	gone   bool          // nothing more is read from or written to it
 
 	// Used by the clock alone; guarded by Session.mu.
-	nextPing   time.Duration
+	nextPing   time.Duration // 0: to be planned
 	acked      uint64        // what the peer's kernel had acknowledged …
 	progressed time.Duration // … and when that number last grew
 }

@@ -33,9 +33,10 @@ func newMemPipe(buffer int) (a, b *memConn) {
 type stream struct {
 	mu      sync.Mutex
 	changed sync.Cond
-	ring    []byte
-	first   int // index of the oldest byte
-	n       int // bytes in ring
+	limit   int
+	ring    []byte // grows up to limit
+	first   int    // index of the oldest byte
+	n       int    // bytes in ring
 	fin     bool
 	left    bool // the reader has closed: nobody takes what is written
 	reset   bool
@@ -44,7 +45,7 @@ type stream struct {
 }
 
 func newStream(buffer int) *stream {
-	s := &stream{ring: make([]byte, buffer)}
+	s := &stream{limit: buffer}
 	s.changed.L = &s.mu
 	return s
 }
@@ -136,7 +137,7 @@ func (c *memConn) closed() bool {
 func (c *memConn) room() int {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
-	return len(c.out.ring) - c.out.n
+	return c.out.limit - c.out.n
 }
 
 // take moves bytes from the ring to p. mu is held.
@@ -156,6 +157,11 @@ func (s *stream) take(p []byte) (n int) {
 
 // put moves bytes from p to the ring. mu is held.
 func (s *stream) put(p []byte) (n int) {
+	if need := min(s.n+len(p), s.limit); need > len(s.ring) {
+		grown := make([]byte, min(max(need, 2*len(s.ring)), s.limit))
+		s.n = s.take(grown)
+		s.ring, s.first = grown, 0
+	}
 	for n < len(p) && s.n < len(s.ring) {
 		end := (s.first + s.n) % len(s.ring)
 		run := min(len(s.ring)-s.n, len(s.ring)-end)

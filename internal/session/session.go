@@ -105,9 +105,6 @@ func (s *Session) Run() {
 	}
 	s.mu.Lock()
 	s.lifeBegins = s.now()
-	for side := range s.legs {
-		s.legs[side].nextPing = s.lifeBegins + s.sooner(s.settings().PingInterval)
-	}
 	s.mu.Unlock()
 	s.Reconsider()
 
@@ -152,6 +149,9 @@ func (s *Session) Reconsider() { s.lookIn(0) }
 func (s *Session) lookIn(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closing {
+		d = min(d, closingPeriod)
+	}
 	if !s.finished {
 		s.timer.Reset(d)
 	}

@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/adminapi"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
 
 func init() {
@@ -81,6 +83,10 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 		if err := ctx.GetMetricsRegistry().Register(c); err != nil && !errors.As(err, &already) {
 			a.logger.Warn("registering metrics", zap.Error(err))
 		}
+	}
+	if !sock.CanForgetTLSConfig() {
+		a.logger.Warn("with this version of Go, live TLS connections keep the config that accepted them in memory",
+			zap.String("go", runtime.Version()))
 	}
 	events, err := ctx.App("events")
 	if err != nil {

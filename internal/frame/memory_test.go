@@ -76,7 +76,7 @@ func TestIdleReaderHoldsNoPooledBuffer(t *testing.T) {
 			got := 0
 			for {
 				err := r.Fill(readerFunc(func(p []byte) (int, error) {
-					if r.Buffered() == 0 && !r.InMessage() && r.large != nil {
+					if r.Buffered() == 0 && !inMessage(&r) && r.large != nil {
 						t.Error("waiting between messages with a pooled buffer")
 					}
 					return src.Read(p)

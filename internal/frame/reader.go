@@ -108,9 +108,6 @@ func (r *Reader) Fill(src io.Reader) error {
 // Buffered returns how many bytes wait to be handed out.
 func (r *Reader) Buffered() int { return r.w - r.r }
 
-// InMessage reports whether a message of the peer has been handed out in part.
-func (r *Reader) InMessage() bool { return r.fragmented || r.rest > 0 }
-
 // Release gives a pooled buffer back. Buffered bytes are lost.
 func (r *Reader) Release() {
 	if r.large != nil {

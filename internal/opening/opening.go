@@ -123,15 +123,17 @@ func tryNext(status int) bool {
 
 // try dials an upstream and does the handshake.
 func (o *Opening) try(c Config, t *Target, q *handshake.Request) (*Answer, error) {
-	conn, err := t.Dial(o.ctx)
+	ctx, cancel := context.WithDeadline(o.ctx, o.rec.Deadline())
+	defer cancel()
+	conn, err := t.Dial(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("dialing %s: %w", t.Address, err)
 	}
 	_ = conn.SetDeadline(time.Now().Add(c.HandshakeTimeout))
-	stop := context.AfterFunc(o.ctx, func() { _ = conn.SetDeadline(past) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })
 	res, err := q.Do(conn)
 	if !stop() && err == nil {
-		err = context.Cause(o.ctx)
+		err = context.Cause(ctx)
 	}
 	if err == nil {
 		err = conn.SetDeadline(time.Time{})

@@ -84,9 +84,10 @@ func (c *Conn) State() State {
 	return c.state
 }
 
-// Attempt notes the upstream that is being dialed and the time by which it must
-// have answered. It takes over the place in the upstream's count, which is given
-// back when another attempt or the connection's end follows.
+// Attempt notes the upstream that is being dialed, and the time by which it must
+// have answered, which is the deadline of Connecting from now on. It takes over
+// the place in the upstream's count, which is given back when another attempt or
+// the connection's end follows.
 func (c *Conn) Attempt(up *Upstream, dial string, deadline time.Time) {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
@@ -94,11 +95,12 @@ func (c *Conn) Attempt(up *Upstream, dial string, deadline time.Time) {
 	c.upstream, c.dial, c.deadline = up, dial, deadline
 }
 
-// GiveUp gives back the place at the upstream of the last attempt.
-func (c *Conn) GiveUp() {
+// Deadline is when the connection must have left its state, or zero if that is for
+// the route's settings to say.
+func (c *Conn) Deadline() time.Time {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
-	c.leaveUpstream()
+	return c.deadline
 }
 
 // Open enters Open: a backend has accepted, and the client is about to be told.

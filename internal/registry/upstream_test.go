@@ -27,7 +27,7 @@ func TestPlacesAreGivenBackOnce(t *testing.T) {
 			}
 			i := rng.IntN(len(conns))
 			c := conns[i]
-			switch rng.IntN(5) {
+			switch rng.IntN(4) {
 			case 0, 1:
 				name := names[rng.IntN(len(names))]
 				up := choose(route, name)
@@ -37,11 +37,8 @@ func TestPlacesAreGivenBackOnce(t *testing.T) {
 				c.Attempt(up, name, time.Time{})
 				at[c] = name
 			case 2:
-				c.GiveUp()
-				delete(at, c)
-			case 3:
 				open(c, new(owner), "")
-			case 4:
+			case 3:
 				finish(c, Idle)
 				delete(at, c)
 				conns = append(conns[:i], conns[i+1:]...)

@@ -124,8 +124,10 @@ func (s *Session) checkLeg(l *leg, now time.Duration, set Settings) (registry.Re
 		}
 		due = l.broken + answerTimeout
 	}
+	// In this order: the pump ends reading before it ends writing.
+	stuck := time.Duration(s.other(l).writing.Load())
 	reading := time.Duration(l.reading.Load())
-	if stuck := time.Duration(s.other(l).writing.Load()); stuck != 0 {
+	if stuck != 0 {
 		reading = 0 // who reads l is writing to the other leg
 		if now-stuck >= activePeriod/2 && s.vanishedUnread(l) {
 			return vanished(l), due

@@ -73,7 +73,8 @@ func (s *Session) End(e registry.Ending) {
 		return
 	}
 	s.closing = true
-	s.closingBy = s.now() + registry.ClosingTimeout
+	by := s.rec.Deadline()
+	s.closingBy = s.now() + time.Until(by)
 	s.client().leaveClose(f.client, f.text)
 	s.backend().leaveClose(f.backend, "")
 	var lost *leg
@@ -92,7 +93,6 @@ func (s *Session) End(e registry.Ending) {
 		lost.cut() // whoever writes there waits for nothing
 	}
 
-	by := time.Now().Add(registry.ClosingTimeout)
 	for side := range s.legs {
 		l := &s.legs[side]
 		_ = l.conn.SetWriteDeadline(by)

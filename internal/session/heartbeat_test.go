@@ -201,6 +201,29 @@ func TestHeartbeatsAreSuspendedWhileTheClientIsNotRead(t *testing.T) {
 	}
 }
 
+func TestHeartbeatsAreSuspendedWhileOurPingToTheOtherLegBlocks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := defaults
+		s.WriteTimeout = 0
+		mute := manners{mute: true}
+		r := start(t, setup{settings: s, client: mute, backend: mute})
+		r.backend.stall()
+		r.client.send(r.client.binary(defaultBuffer - 8)) // with its header all that fits
+		r.pass(90 * time.Second)
+		if got := r.legs[backendSide].room(); got != 0 {
+			t.Fatalf("got room for %d bytes, want a ping that blocks", got)
+		}
+		if got := len(r.client.pings()); got != 1 || !r.live() {
+			t.Fatalf("got %d pings (reason %q), want one, and a client that is not read not judged", got, r.rec.Reason())
+		}
+		r.backend.resume()
+		r.wantEnd(time.Hour, registry.PingTimeout, "1001 ping timeout", "1001")
+		if got := r.endedAt.Sub(r.began) - 90*time.Second; got < 30*time.Second || got > 61*time.Second {
+			t.Errorf("got the end %v after reading was resumed, want 30s to 61s", got)
+		}
+	})
+}
+
 func TestHeartbeatsAreSuspendedWhileTheBackendIsNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := defaults
@@ -275,12 +298,15 @@ func TestAShorterPingIntervalCountsAtOnce(t *testing.T) {
 func TestPingsThatAreTurnedOnComeAfterAnInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := start(t, setup{})
-		r.pass(time.Hour)
-		changed := time.Now()
-		r.change(defaults)
-		r.pass(10 * time.Minute)
-		wantGaps(t, "client", changed, r.client.pings(), 27*time.Second, 30*time.Second)
-		wantGaps(t, "backend", changed, r.backend.pings(), 27*time.Second, 30*time.Second)
+		for range 2 {
+			r.pass(time.Hour)
+			changed, before := time.Now(), [2]int{len(r.client.pings()), len(r.backend.pings())}
+			r.change(defaults)
+			r.pass(10 * time.Minute)
+			wantGaps(t, "client", changed, r.client.pings()[before[clientSide]:], 27*time.Second, 30*time.Second)
+			wantGaps(t, "backend", changed, r.backend.pings()[before[backendSide]:], 27*time.Second, 30*time.Second)
+			r.change(Settings{})
+		}
 	})
 }
 

@@ -109,6 +109,9 @@ func (c *memConn) CloseWrite() error {
 	return nil
 }
 
+// CloseRead refuses what comes from now on; the other direction stays.
+func (c *memConn) CloseRead() { c.in.update(func() { c.in.left = true }) }
+
 // Reset breaks the connection for both ends. What was not read is lost.
 func (c *memConn) Reset() {
 	for _, s := range []*stream{c.in, c.out} {

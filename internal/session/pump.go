@@ -152,6 +152,9 @@ func (s *Session) mayWrite(l *leg) bool {
 func (s *Session) write(l *leg, p []byte) bool {
 	began := s.now()
 	l.writing.Store(int64(began))
+	if s.drowsy.Load() {
+		s.rouse() // should it block
+	}
 	_, err := l.conn.Write(p)
 	if s.now()-began > activePeriod/2 {
 		s.other(l).reading.Store(0) // meanwhile nobody read there

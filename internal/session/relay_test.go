@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 )
 
 // ways are the two directions of a session.
@@ -188,6 +190,26 @@ func TestAnIncompleteFrameOfTheHandshakeIsCompletedLater(t *testing.T) {
 		synctest.Wait()
 		if got := r.backend.wire(); !bytes.Equal(got, whole) {
 			t.Errorf("got %d bytes, want the frame of %d", len(got), len(whole))
+		}
+	})
+}
+
+func TestAWriteDeadlineOfTheHandshakeIsLifted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := prepare(t, registry.New(), setup{})
+		for _, leg := range r.legs {
+			_ = leg.SetWriteDeadline(time.Now().Add(time.Second))
+		}
+		r.open()
+		go r.run()
+		r.pass(time.Minute)
+		r.client.send(r.client.text("up"))
+		r.backend.send(r.backend.text("down"))
+		synctest.Wait()
+		up, _ := r.backend.messages()
+		down, _ := r.client.messages()
+		if !slices.Equal(up, []string{"up"}) || !slices.Equal(down, []string{"down"}) {
+			t.Errorf("got %q and %q, want both messages", up, down)
 		}
 	})
 }

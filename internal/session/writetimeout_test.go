@@ -47,7 +47,7 @@ func TestAPeerThatStopsReadingIsEndedAfterTheWriteTimeout(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := start(t, setup{settings: onlyWriteTimeout})
-				r.pass(time.Hour)
+				r.pass(10 * time.Minute)
 				stalled := time.Now()
 				test.jam(r)
 				r.wantEnd(time.Hour, test.reason, test.client, test.backend)

@@ -172,8 +172,7 @@ func (s *Session) stalled(l *leg, now, limit time.Duration) bool {
 
 // heartbeat leaves a ping with l when one is due and reports whether the peer is
 // dead: silent for PingTimeout after a ping, all of that while it was being
-// read. An upstream that has never answered any ping is not judged.
-// Session.mu is held.
+// read. Session.mu is held.
 func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (dead bool, next time.Duration) {
 	if set.PingInterval <= 0 {
 		l.nextPing = 0
@@ -183,7 +182,7 @@ func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (d
 		l.nextPing = now + s.sooner(set.PingInterval)
 	}
 	next = now + dormant
-	if s.unanswered(l) && (l.side == clientSide || s.upstream.Answers.Load()) {
+	if s.unanswered(l) {
 		pinged := time.Duration(l.pingDone.Load())
 		if reading == 0 {
 			next = now + activePeriod // suspended
@@ -209,7 +208,7 @@ func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (d
 }
 
 // unanswered reports whether nothing has come from l since the oldest ping that
-// may still be answered.
+// has to be answered.
 func (s *Session) unanswered(l *leg) bool {
 	return l.pingDone.Load() != 0 && l.pingBegan.Load() > l.lastRead.Load()
 }

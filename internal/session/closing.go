@@ -188,15 +188,16 @@ func (s *Session) tellLast(src, dst *leg) {
 }
 
 // checkClosing looks how far the end has come. It gives a leg up that was told
-// the end a second ago, has taken all bytes and says nothing, and cuts both at
-// the end of ClosingTimeout. Session.mu is held.
+// the end, has taken all bytes and has said nothing for a second, and cuts both
+// at the end of ClosingTimeout. Session.mu is held.
 func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool) {
 	if now >= s.closingBy {
 		return dormant, true
 	}
 	for side := range s.legs {
 		l := &s.legs[side]
-		if l.gone || !l.said || l.saidAt == 0 || now-l.saidAt < answerTimeout {
+		silence := now - max(l.saidAt, time.Duration(l.lastRead.Load()))
+		if l.gone || l.saidAt == 0 || silence < answerTimeout {
 			continue
 		}
 		if info, known := l.ask(); !known || info.Unsent == 0 || info.Reset {

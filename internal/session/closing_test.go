@@ -203,3 +203,23 @@ func TestAnEndThatCameBeforeTheSessionRan(t *testing.T) {
 		}
 	}
 }
+
+// A client may be told the end in the middle of an upload: it is not given up
+// while it goes on, and what it had sent before its own close frame is delivered.
+func TestAClientThatStillSendsIsNotGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{})
+		r.client.behave(func(is *manners) { is.silent = true })
+		r.backend.sendClose(1000, "")
+		const messages = 30
+		for range messages {
+			r.client.send(r.client.text("part"))
+			r.pass(100 * time.Millisecond)
+		}
+		r.client.sendClose(1000, "")
+		r.wait(time.Minute)
+		if got, _ := r.backend.messages(); len(got) != messages {
+			t.Errorf("got %d messages delivered, want %d", len(got), messages)
+		}
+	})
+}

@@ -331,3 +331,21 @@ func TestAPingLeftWithABusyLegLandsBetweenFrames(t *testing.T) {
 		}
 	})
 }
+
+// A backend's connection is judged by the pings that it was sent since its
+// upstream is known to answer, not by those before.
+func TestPingsFromBeforeTheFirstAnswerDoNotCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{settings: defaults, backend: manners{mute: true}})
+		r.pass(10 * time.Minute)
+		r.upstream.Answers.Store(true) // by another connection
+		r.pass(25 * time.Second)
+		if !r.live() {
+			t.Fatalf("got the end (%s) before a ping could be answered", r.rec.Reason())
+		}
+		r.wait(2 * time.Minute)
+		if got := r.rec.Reason(); got != registry.BackendLost {
+			t.Errorf("got reason %q, want it lost after a ping without an answer", got)
+		}
+	})
+}

@@ -196,10 +196,12 @@ func (s *Session) serve(dst *leg) {
 }
 
 // ping writes a heartbeat. While an earlier one is unanswered its times stand:
-// the peer's silence counts from there.
+// the peer's silence counts from there. An upstream that has never answered any
+// ping is not judged by this one.
 func (s *Session) ping(l *leg, wire []byte) {
+	judged := l.side == clientSide || s.upstream.Answers.Load()
 	first, began := !s.unanswered(l), s.now()
-	if s.write(l, wire) && first {
+	if s.write(l, wire) && first && judged {
 		l.pingDone.Store(int64(s.now()))
 		l.pingBegan.Store(int64(began)) // last: it makes the ping count
 	}

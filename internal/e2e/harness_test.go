@@ -109,9 +109,8 @@ func (p *proxy) reload(t testing.TB, caddyfile string) {
 	}
 }
 
-// call sends a request to the admin API, decodes what comes back into out unless
-// that is nil, and returns the status.
-func (p *proxy) call(t testing.TB, method, path string, out any) int {
+// request sends a request to the admin API and returns the status and the body.
+func (p *proxy) request(t testing.TB, method, path string) (int, []byte) {
 	t.Helper()
 	req, err := http.NewRequest(method, "http://"+p.admin+path, nil)
 	if err != nil {
@@ -127,12 +126,19 @@ func (p *proxy) call(t testing.TB, method, path string, out any) int {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return res.StatusCode, body
+}
+
+// call is request, and decodes what comes back into out unless that is nil.
+func (p *proxy) call(t testing.TB, method, path string, out any) int {
+	t.Helper()
+	status, body := p.request(t, method, path)
 	if out != nil {
 		if err := json.Unmarshal(body, out); err != nil {
 			t.Fatalf("%s %s: %v: %s", method, path, err, body)
 		}
 	}
-	return res.StatusCode
+	return status
 }
 
 // connection is a connection as the admin API shows it.

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -49,20 +48,7 @@ func TestMetrics(t *testing.T) {
 
 func (p *proxy) scrape(t testing.TB) string {
 	t.Helper()
-	req, err := http.NewRequest(http.MethodGet, "http://"+p.admin+"/metrics", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Close = true
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, body := p.request(t, http.MethodGet, "/metrics")
 	return string(body)
 }
 

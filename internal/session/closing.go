@@ -121,7 +121,7 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	s.mu.Unlock()
 	s.rec.Close(registry.Ending{Reason: reason})
 	s.mu.Lock()
-	pass := !dst.said && !dst.wantClose && !dst.gone && dst.broken == 0
+	pass := dst.writable() && !dst.wantClose
 	if pass {
 		dst.said = true
 	}

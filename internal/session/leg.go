@@ -54,6 +54,10 @@ type leg struct {
 	progressed time.Duration // … and when that number last grew
 }
 
+// writable reports whether anything may still be written: the peer is there and
+// was not told the end. Session.mu is held.
+func (l *leg) writable() bool { return !l.said && !l.gone && l.broken == 0 }
+
 // wake makes the pump that reads l, and writes the other leg, look for work.
 func (l *leg) wake() { _ = l.conn.SetReadDeadline(past) }
 

@@ -143,7 +143,7 @@ func (s *Session) flush(src, dst *leg, way registry.Direction, b *batch, next *f
 func (s *Session) mayWrite(l *leg) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !l.said && !l.gone && l.broken == 0
+	return l.writable()
 }
 
 // write writes p to l and returns whether all of it went out. An error does not
@@ -176,7 +176,7 @@ func (s *Session) write(l *leg, p []byte) bool {
 func (s *Session) serve(dst *leg) {
 	s.mu.Lock()
 	dst.work.Store(false)
-	ok := !dst.said && !dst.gone && dst.broken == 0
+	ok := dst.writable()
 	ping := dst.wantPing && ok
 	dst.wantPing = false
 	bye := dst.wantClose && ok

@@ -98,8 +98,8 @@ func TestEndTwice(t *testing.T) {
 			t.Errorf("got %d %q, want 204", res.StatusCode, body)
 		}
 	}
-	if len(o.ends) != 1 || c.Reason() != registry.Idle {
-		t.Errorf("got the owner told %v, reason %s, want the first one only", o.ends, c.Reason())
+	if len(o.ends) != 1 || c.Ending().Reason != registry.Idle {
+		t.Errorf("got the owner told %v, reason %s, want the first one only", o.ends, c.Ending().Reason)
 	}
 }
 

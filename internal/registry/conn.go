@@ -176,14 +176,8 @@ func (c *Conn) PlannedEnd() (time.Time, Ending) {
 	return c.closeAt, c.closeWhy
 }
 
-// Reason returns why the connection ended, or "" while it lives.
-func (c *Conn) Reason() Reason {
-	c.reg.mu.Lock()
-	defer c.reg.mu.Unlock()
-	return c.ending.Reason
-}
-
-// Ending returns why the connection ended and what its client is to be told.
+// Ending returns why the connection ended and what its client is to be told; it
+// is zero while the connection lives.
 func (c *Conn) Ending() Ending {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()

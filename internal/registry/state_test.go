@@ -105,7 +105,7 @@ func TestFirstReasonWins(t *testing.T) {
 				if c.Close(Ending{Reason: second, Code: 4002}) {
 					t.Errorf("%s then %s: got a second winner", first, second)
 				}
-				if got := c.Reason(); got != first || c.View().Reason != first {
+				if got := c.Ending().Reason; got != first || c.View().Reason != first {
 					t.Errorf("%s then %s: got reason %s", first, second, got)
 				}
 				if got := told.ended(); len(got) != 1 || got[0] != want {
@@ -115,8 +115,8 @@ func TestFirstReasonWins(t *testing.T) {
 					t.Errorf("%s then %s: got the wrong owner told %v", first, second, got)
 				}
 				c.Done()
-				if c.Close(Ending{Reason: second}) || c.Reason() != first {
-					t.Errorf("%s: got reason %s after Done", first, c.Reason())
+				if c.Close(Ending{Reason: second}) || c.Ending().Reason != first {
+					t.Errorf("%s: got reason %s after Done", first, c.Ending().Reason)
 				}
 			}
 		}
@@ -144,8 +144,8 @@ func TestConcurrentTriggersEndOnce(t *testing.T) {
 			})
 		}
 		all.Wait()
-		if got := o.ended(); winners != 1 || len(got) != 1 || got[0].Reason != winner || c.Reason() != winner {
-			t.Fatalf("got %d winners, owner told %v, reason %s, want one and the same", winners, got, c.Reason())
+		if got := o.ended(); winners != 1 || len(got) != 1 || got[0].Reason != winner || c.Ending().Reason != winner {
+			t.Fatalf("got %d winners, owner told %v, reason %s, want one and the same", winners, got, c.Ending().Reason)
 		}
 		c.Done()
 	}

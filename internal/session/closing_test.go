@@ -36,7 +36,7 @@ func TestAPeerThatDoesNotReadHoldsTheEndUpForFiveSecondsAtMost(t *testing.T) {
 					r.rec.Close(registry.Ending{Reason: reason})
 					r.wait(time.Hour)
 					r.wantTime(0, registry.ClosingTimeout)
-					if got := r.rec.Reason(); got != reason {
+					if got := r.rec.Ending().Reason; got != reason {
 						t.Errorf("got reason %q, want %q", got, reason)
 					}
 					// The peer that reads was told.
@@ -107,7 +107,7 @@ func TestTheFirstReasonWins(t *testing.T) {
 						t.Error("got a second Close that won, want the first one alone")
 					}
 					r.wait(time.Minute)
-					if got := r.rec.Reason(); got != e.reason {
+					if got := r.rec.Ending().Reason; got != e.reason {
 						t.Errorf("got reason %q, want the first one, %q", got, e.reason)
 					}
 					r.client.farewell(t) // at most one close frame, nothing after it

@@ -87,7 +87,7 @@ func TestAPeerThatLeavesAsTheEndBeginsDoesNotKeepItFromTheOther(t *testing.T) {
 				if got := r.ended.Sub(r.endedAt); got > activePeriod*5/4 {
 					t.Errorf("got Run back %v after the end began, want a second", got)
 				}
-				if got := r.rec.Reason(); got != test.reason {
+				if got := r.rec.Ending().Reason; got != test.reason {
 					t.Errorf("got reason %q, want %q", got, test.reason)
 				}
 				if got := r.client.farewell(t); !oneOf(got, test.client) {

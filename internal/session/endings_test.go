@@ -269,7 +269,7 @@ func TestWhoAnswersIsNotToldAgain(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					r := e.begin(t, is[clientSide], is[backendSide])
 					r.wait(time.Hour)
-					if got := r.rec.Reason(); got != e.reason {
+					if got := r.rec.Ending().Reason; got != e.reason {
 						t.Errorf("got reason %q, want %q", got, e.reason)
 					}
 					r.client.farewell(t) // at most one close frame, nothing after it

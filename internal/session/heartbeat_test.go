@@ -45,7 +45,7 @@ func TestAPingComesOnEachLegEvery27To30Seconds(t *testing.T) {
 			}
 		}
 		if !r.live() {
-			t.Errorf("got the end (%s), want a client that answers alive after a day", r.rec.Reason())
+			t.Errorf("got the end (%s), want a client that answers alive after a day", r.rec.Ending().Reason)
 		}
 		if !r.upstream.Answers.Load() {
 			t.Error("got an upstream that has never answered, want it known to answer")
@@ -118,7 +118,7 @@ func TestAnyByteIsASignOfLife(t *testing.T) {
 					r.backend.send(back(i))
 				}
 				if !r.live() {
-					t.Errorf("got the end (%s) after %v, want it alive after an hour", r.rec.Reason(), r.lasting)
+					t.Errorf("got the end (%s) after %v, want it alive after an hour", r.rec.Ending().Reason, r.lasting)
 				}
 			})
 		})
@@ -130,7 +130,7 @@ func TestABackendThatNeverAnsweredAPingIsNotJudgedBySilence(t *testing.T) {
 		r := start(t, setup{settings: defaults, backend: manners{mute: true}})
 		r.pass(day)
 		if !r.live() {
-			t.Errorf("got the end (%s) after %v, want it alive after a day", r.rec.Reason(), r.lasting)
+			t.Errorf("got the end (%s) after %v, want it alive after a day", r.rec.Ending().Reason, r.lasting)
 		}
 		wantGaps(t, "backend", r.began, r.backend.pings(), 27*time.Second, 30*time.Second)
 	})
@@ -158,7 +158,7 @@ func TestAClientThatAnswersWithinThePingTimeoutLives(t *testing.T) {
 			r.client.send(r.client.frame(true, 0, ws.OpPong, r.session.nonce[:]))
 		}
 		if !r.live() {
-			t.Errorf("got the end (%s) after %v, want it alive", r.rec.Reason(), r.lasting)
+			t.Errorf("got the end (%s) after %v, want it alive", r.rec.Ending().Reason, r.lasting)
 		}
 	})
 }
@@ -178,7 +178,7 @@ func TestHeartbeatsAreSuspendedWhileTheClientIsNotRead(t *testing.T) {
 				before := len(r.client.pings())
 				r.pass(10 * time.Minute)
 				if !r.live() {
-					t.Fatalf("got the end (%s), want a client that is not read not judged", r.rec.Reason())
+					t.Fatalf("got the end (%s), want a client that is not read not judged", r.rec.Ending().Reason)
 				}
 				if got := len(r.client.pings()) - before; got > 0 {
 					t.Errorf("got %d pings while the client was not read, want none", got)
@@ -188,7 +188,7 @@ func TestHeartbeatsAreSuspendedWhileTheClientIsNotRead(t *testing.T) {
 				if !mute {
 					r.pass(time.Hour)
 					if !r.live() {
-						t.Errorf("got the end (%s), want it alive", r.rec.Reason())
+						t.Errorf("got the end (%s), want it alive", r.rec.Ending().Reason)
 					}
 					return
 				}
@@ -214,7 +214,7 @@ func TestHeartbeatsAreSuspendedWhileOurPingToTheOtherLegBlocks(t *testing.T) {
 			t.Fatalf("got room for %d bytes, want a ping that blocks", got)
 		}
 		if got := len(r.client.pings()); got != 1 || !r.live() {
-			t.Fatalf("got %d pings (reason %q), want one, and a client that is not read not judged", got, r.rec.Reason())
+			t.Fatalf("got %d pings (reason %q), want one, and a client that is not read not judged", got, r.rec.Ending().Reason)
 		}
 		r.backend.resume()
 		r.wantEnd(time.Hour, registry.PingTimeout, "1001 ping timeout", "1001")
@@ -242,7 +242,7 @@ func TestHeartbeatsAreSuspendedWhileTheBackendIsNotRead(t *testing.T) {
 			r.pass(10 * time.Second)
 		}
 		if !r.live() {
-			t.Fatalf("got the end (%s), want a backend that is not read not judged", r.rec.Reason())
+			t.Fatalf("got the end (%s), want a backend that is not read not judged", r.rec.Ending().Reason)
 		}
 		if got := len(r.backend.pings()) - before; got > 0 {
 			t.Errorf("got %d pings while the backend was not read, want none", got)
@@ -265,7 +265,7 @@ func TestPingIntervalOffSendsNone(t *testing.T) {
 			t.Errorf("got %d bytes, want none", got)
 		}
 		if !r.live() {
-			t.Errorf("got the end (%s), want it alive after a day", r.rec.Reason())
+			t.Errorf("got the end (%s), want it alive after a day", r.rec.Ending().Reason)
 		}
 	})
 }
@@ -327,7 +327,7 @@ func TestAPingLeftWithABusyLegLandsBetweenFrames(t *testing.T) {
 			t.Errorf("got messages of %v bytes, want all of 60000", sizes)
 		}
 		if !r.live() {
-			t.Errorf("got the end (%s), want it alive", r.rec.Reason())
+			t.Errorf("got the end (%s), want it alive", r.rec.Ending().Reason)
 		}
 	})
 }
@@ -341,10 +341,10 @@ func TestPingsFromBeforeTheFirstAnswerDoNotCount(t *testing.T) {
 		r.upstream.Answers.Store(true) // by another connection
 		r.pass(25 * time.Second)
 		if !r.live() {
-			t.Fatalf("got the end (%s) before a ping could be answered", r.rec.Reason())
+			t.Fatalf("got the end (%s) before a ping could be answered", r.rec.Ending().Reason)
 		}
 		r.wait(2 * time.Minute)
-		if got := r.rec.Reason(); got != registry.BackendLost {
+		if got := r.rec.Ending().Reason; got != registry.BackendLost {
 			t.Errorf("got reason %q, want it lost after a ping without an answer", got)
 		}
 	})

@@ -43,7 +43,7 @@ func TestLifetimeEndsBetween90And100Percent(t *testing.T) {
 				if got := r.endedAt.Sub(r.began); got < lifetime*9/10 || got > lifetime+activePeriod {
 					t.Errorf("got the end after %v, want 9 to 10 minutes", got)
 				}
-				if got := r.rec.Reason(); got != registry.Lifetime {
+				if got := r.rec.Ending().Reason; got != registry.Lifetime {
 					t.Errorf("got reason %q, want the lifetime", got)
 				}
 			})
@@ -86,7 +86,7 @@ func TestIdleCountsDataAlone(t *testing.T) {
 					return
 				}
 				if !r.live() {
-					t.Fatalf("got the end (%s) after %v, want it alive while there is data", r.rec.Reason(), r.lasting)
+					t.Fatalf("got the end (%s) after %v, want it alive while there is data", r.rec.Ending().Reason, r.lasting)
 				}
 				r.wantEnd(time.Hour, registry.Idle, "1001 idle", "1001")
 				last := r.began.Add(59 * 50 * time.Second)
@@ -120,7 +120,7 @@ func TestFirstDataTimeoutEndsOnlyWhoNeverSentData(t *testing.T) {
 				test.send(r)
 				r.pass(time.Hour)
 				if test.lives != r.live() {
-					t.Fatalf("got alive: %v (reason %q), want %v", r.live(), r.rec.Reason(), test.lives)
+					t.Fatalf("got alive: %v (reason %q), want %v", r.live(), r.rec.Ending().Reason, test.lives)
 				}
 				if !test.lives {
 					r.wantEnd(0, registry.NoData, "1001 no data", "1001")
@@ -140,7 +140,7 @@ func TestLimitsThatAreOffNeverEndASession(t *testing.T) {
 		r.client.send(r.client.text("still there"))
 		synctest.Wait()
 		if got, _ := r.backend.messages(); len(got) != 1 || !r.live() {
-			t.Errorf("got %q (reason %q) after a year, want the message", got, r.rec.Reason())
+			t.Errorf("got %q (reason %q) after a year, want the message", got, r.rec.Ending().Reason)
 		}
 	})
 }
@@ -164,8 +164,8 @@ func TestChangedLimitsCountAtOnce(t *testing.T) {
 					t.Fatal("got the session open, want it ended at once")
 				}
 				r.wait(time.Minute)
-				if got := r.endedAt.Sub(r.began); got != time.Hour || r.rec.Reason() != test.reason {
-					t.Errorf("got %s after %v, want %s after an hour", r.rec.Reason(), got, test.reason)
+				if got := r.endedAt.Sub(r.began); got != time.Hour || r.rec.Ending().Reason != test.reason {
+					t.Errorf("got %s after %v, want %s after an hour", r.rec.Ending().Reason, got, test.reason)
 				}
 			})
 		})
@@ -188,7 +188,7 @@ func TestChangedLimitsCountAtOnce(t *testing.T) {
 			r.change(Settings{})
 			r.pass(day)
 			if !r.live() {
-				t.Errorf("got the end (%s), want it alive", r.rec.Reason())
+				t.Errorf("got the end (%s), want it alive", r.rec.Ending().Reason)
 			}
 		})
 	})
@@ -203,7 +203,7 @@ func TestAPlannedEndCanBeMovedAndLifted(t *testing.T) {
 		r.rec.CloseAt(time.Time{}, registry.Ending{})
 		r.pass(day)
 		if !r.live() {
-			t.Fatalf("got the end (%s), want the plan lifted", r.rec.Reason())
+			t.Fatalf("got the end (%s), want the plan lifted", r.rec.Ending().Reason)
 		}
 		planned := time.Now()
 		r.rec.CloseAt(planned.Add(time.Hour), orphan)

@@ -74,7 +74,7 @@ func liveAtRandom(t *testing.T, rng *rand.Rand) registry.Reason {
 	}
 	l.settle()
 	l.check()
-	return l.rec.Reason()
+	return l.rec.Ending().Reason
 }
 
 // settle lets everything that was left to be written arrive.
@@ -263,8 +263,8 @@ func (l *life) check() {
 	if took := l.ended.Sub(l.endedAt); took > registry.ClosingTimeout+l.endDelay+time.Millisecond {
 		l.t.Errorf("got Run back %v after the end began, want 5s at most", took)
 	}
-	if !l.plausible(l.rec.Reason()) {
-		l.t.Errorf("got reason %q, which nothing gave rise to", l.rec.Reason())
+	if !l.plausible(l.rec.Ending().Reason) {
+		l.t.Errorf("got reason %q, which nothing gave rise to", l.rec.Ending().Reason)
 	}
 }
 

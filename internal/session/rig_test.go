@@ -175,7 +175,7 @@ func (r *rig) wait(limit time.Duration) time.Duration {
 		if r.rec.State() == registry.Closed {
 			break
 		}
-		r.t.Fatalf("got a session that is %v (reason %q) after %v, want its end", r.rec.State(), r.rec.Reason(), limit)
+		r.t.Fatalf("got a session that is %v (reason %q) after %v, want its end", r.rec.State(), r.rec.Ending().Reason, limit)
 	}
 	synctest.Wait() // the peers have seen it too
 	return r.ended.Sub(began)
@@ -191,7 +191,7 @@ func (r *rig) wantEnd(limit time.Duration, reason registry.Reason, client, backe
 
 func (r *rig) wantTold(reason registry.Reason, client, backend string) {
 	r.t.Helper()
-	if got := r.rec.Reason(); got != reason {
+	if got := r.rec.Ending().Reason; got != reason {
 		r.t.Errorf("got reason %q, want %q", got, reason)
 	}
 	if got := r.client.farewell(r.t); got != client {
@@ -224,7 +224,7 @@ func (r *rig) finish() {
 	if got := r.ends.Load(); got != 1 {
 		r.t.Errorf("got End called %d times, want once", got)
 	}
-	if got := r.rec.Reason(); got != r.reason {
+	if got := r.rec.Ending().Reason; got != r.reason {
 		r.t.Errorf("got reason %q, want the first one, %q", got, r.reason)
 	}
 	for side, leg := range r.legs {

@@ -73,7 +73,7 @@ func TestAPauseShorterThanTheWriteTimeoutIsHarmless(t *testing.T) {
 			r.pass(time.Second)
 		}
 		if got, _ := to.messages(); len(got) != 10 || !r.live() {
-			t.Errorf("got %d messages (reason %q), want 10", len(got), r.rec.Reason())
+			t.Errorf("got %d messages (reason %q), want 10", len(got), r.rec.Ending().Reason)
 		}
 	})
 }
@@ -91,7 +91,7 @@ func TestAReaderThatTakesSomeBytesEveryTenSecondsLives(t *testing.T) {
 				}
 				r.pass(time.Hour)
 				if !r.live() {
-					t.Errorf("got the end (%s) after %v, want it alive after an hour", r.rec.Reason(), r.lasting)
+					t.Errorf("got the end (%s) after %v, want it alive after an hour", r.rec.Ending().Reason, r.lasting)
 				}
 				if got := len(to.wire()); got < 350*(5<<10) {
 					t.Errorf("got %d bytes in an hour, want 5 KiB every 10s", got)
@@ -107,7 +107,7 @@ func TestWriteTimeoutOffWaitsForEver(t *testing.T) {
 		from.send(from.binary(300_000))
 		r.pass(6 * time.Hour)
 		if !r.live() {
-			t.Fatalf("got the end (%s), want it alive after 6 hours", r.rec.Reason())
+			t.Fatalf("got the end (%s), want it alive after 6 hours", r.rec.Ending().Reason)
 		}
 		to.resume()
 		synctest.Wait()
@@ -128,8 +128,8 @@ func TestAPingThatCannotBeWrittenIsAWriteLikeAnyOther(t *testing.T) {
 			t.Fatalf("got room for %d bytes, want none", got)
 		}
 		r.wait(10 * time.Minute)
-		if got := r.endedAt.Sub(r.began); r.rec.Reason() != registry.WriteTimeout || got < 32*time.Second || got > 37*time.Second {
-			t.Errorf("got %s after %v, want write_timeout 5s to 7s after the ping, which was 27s to 30s after the start", r.rec.Reason(), got)
+		if got := r.endedAt.Sub(r.began); r.rec.Ending().Reason != registry.WriteTimeout || got < 32*time.Second || got > 37*time.Second {
+			t.Errorf("got %s after %v, want write_timeout 5s to 7s after the ping, which was 27s to 30s after the start", r.rec.Ending().Reason, got)
 		}
 	})
 }

@@ -2,7 +2,11 @@ package holdfast
 
 import (
 	"fmt"
+	"math"
 	"reflect"
+	"strconv"
+
+	"github.com/dustin/go-humanize"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -34,6 +38,17 @@ func init() {
 //	    dial_timeout      <duration>
 //	    handshake_timeout <duration>
 //
+//	    # when a backend is lost
+//	    resume_timeout     <duration>|off
+//	    resume_interval    <min> [<max>]
+//	    resume_concurrency <n>
+//	    resume_on          <close codes...>
+//	    resume_limit       <n>
+//	    replay             unacked|unsent|strict|off
+//	    replay_buffer      <size>
+//	    replay_overflow    pause|close
+//	    drain_window       <duration>
+//
 //	    # keeping alive
 //	    ping_interval      <duration>|off
 //	    ping_timeout       <duration>
@@ -53,24 +68,31 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if err := h.addUpstreams(d, d.RemainingArgs()); err != nil {
 		return err
 	}
-	h.Transport, h.KeepAlive = new(Transport), new(KeepAlive)
-	durations := map[string]durationField{
-		"dial_timeout":       {&h.Transport.DialTimeout, false},
-		"handshake_timeout":  {&h.Transport.HandshakeTimeout, false},
-		"ping_interval":      {&h.KeepAlive.PingInterval, true},
-		"ping_timeout":       {&h.KeepAlive.PingTimeout, false},
-		"idle_timeout":       {&h.KeepAlive.IdleTimeout, true},
-		"first_data_timeout": {&h.KeepAlive.FirstDataTimeout, true},
-		"max_lifetime":       {&h.KeepAlive.MaxLifetime, true},
-		"write_timeout":      {&h.KeepAlive.WriteTimeout, true},
+	h.Transport, h.KeepAlive, h.Resume, h.Replay = new(Transport), new(KeepAlive), new(Resume), new(Replay)
+	fields := map[string]argument{
+		"name":               stringField{&h.Name},
+		"dial_timeout":       durationField{&h.Transport.DialTimeout, false},
+		"handshake_timeout":  durationField{&h.Transport.HandshakeTimeout, false},
+		"resume_timeout":     durationField{&h.Resume.Timeout, true},
+		"resume_concurrency": countField{&h.Resume.Concurrency},
+		"resume_limit":       countField{&h.Resume.Limit},
+		"replay":             stringField{&h.Replay.Mode},
+		"replay_buffer":      sizeField{&h.Replay.Buffer},
+		"replay_overflow":    stringField{&h.Replay.Overflow},
+		"drain_window":       durationField{&h.DrainWindow, false},
+		"ping_interval":      durationField{&h.KeepAlive.PingInterval, true},
+		"ping_timeout":       durationField{&h.KeepAlive.PingTimeout, false},
+		"idle_timeout":       durationField{&h.KeepAlive.IdleTimeout, true},
+		"first_data_timeout": durationField{&h.KeepAlive.FirstDataTimeout, true},
+		"max_lifetime":       durationField{&h.KeepAlive.MaxLifetime, true},
+		"write_timeout":      durationField{&h.KeepAlive.WriteTimeout, true},
+		"compression":        stringField{&h.Compression},
 	}
 	err := eachSubdirective(d, func(name string) (bool, error) {
-		if f, ok := durations[name]; ok {
-			return true, f.parse(d)
+		if f, ok := fields[name]; ok {
+			return true, oneArgument(d, f)
 		}
 		switch name {
-		case "name":
-			return true, stringArg(d, &h.Name)
 		case "to":
 			args := d.RemainingArgs()
 			if len(args) == 0 {
@@ -79,14 +101,10 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return true, h.addUpstreams(d, args)
 		case "lb_policy":
 			return true, h.parsePolicy(d)
-		case "compression":
-			if err := stringArg(d, &h.Compression); err != nil {
-				return true, err
-			}
-			if _, err := deflate.ParseMode(h.Compression); err != nil {
-				return true, d.Errf("compression: %w", err)
-			}
-			return true, nil
+		case "resume_interval":
+			return true, h.parseInterval(d)
+		case "resume_on":
+			return true, h.parseCodes(d)
 		}
 		return false, nil
 	})
@@ -96,16 +114,52 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if len(h.Upstreams) == 0 {
 		return d.Err("websocket_proxy needs at least one upstream")
 	}
-	if err := h.checkDurations(); err != nil {
+	if _, err := deflate.ParseMode(h.Compression); err != nil {
+		return d.Errf("compression: %w", err)
+	}
+	if err := h.live().Check(h.Transport); err != nil {
 		return d.WrapErr(err)
 	}
-	if *h.Transport == (Transport{}) {
-		h.Transport = nil
-	}
-	if *h.KeepAlive == (KeepAlive{}) {
-		h.KeepAlive = nil
-	}
+	h.Transport, h.KeepAlive = nilIfZero(h.Transport), nilIfZero(h.KeepAlive)
+	h.Resume, h.Replay = nilIfZero(h.Resume), nilIfZero(h.Replay)
 	return nil
+}
+
+// nilIfZero leaves a group out in which nothing is set.
+func nilIfZero[T comparable](group *T) *T {
+	var zero T
+	if *group == zero {
+		return nil
+	}
+	return group
+}
+
+// parseInterval takes the shortest and, if it is given, the longest pause.
+func (h *WebSocketProxy) parseInterval(d *caddyfile.Dispenser) error {
+	name, args := d.Val(), d.RemainingArgs()
+	for i, to := range []**caddy.Duration{&h.Resume.MinInterval, &h.Resume.MaxInterval} {
+		if i < len(args) {
+			if err := (durationField{to, false}).parse(args[i]); err != nil {
+				return d.Errf("%s: %w", name, err)
+			}
+		}
+	}
+	return argumentCount(d, name, args, 1, 2)
+}
+
+// parseCodes takes close codes.
+func (h *WebSocketProxy) parseCodes(d *caddyfile.Dispenser) error {
+	name, args := d.Val(), d.RemainingArgs()
+	codes := make([]uint16, 0, len(args))
+	for _, arg := range args {
+		code, err := strconv.ParseUint(arg, 10, 16)
+		if err != nil {
+			return d.Errf("%s: invalid close code %q", name, arg)
+		}
+		codes = append(codes, uint16(code))
+	}
+	h.Resume.CloseCodes = &codes
+	return argumentCount(d, name, args, 1, len(args))
 }
 
 func (h *WebSocketProxy) addUpstreams(d *caddyfile.Dispenser, addrs []string) error {
@@ -120,7 +174,7 @@ func (h *WebSocketProxy) addUpstreams(d *caddyfile.Dispenser, addrs []string) er
 
 func (h *WebSocketProxy) parsePolicy(d *caddyfile.Dispenser) error {
 	var name string
-	if err := stringArg(d, &name); err != nil {
+	if err := oneArgument(d, stringField{&name}); err != nil {
 		return err
 	}
 	if name != "least_conn" && name != "round_robin" {
@@ -169,22 +223,24 @@ func siteAddress(helper httpcaddyfile.Helper) string {
 //	connection_registry {
 //	    orphan_timeout   <duration>
 //	    shutdown_timeout <duration>
+//	    replay_memory    <size>
 //	}
 func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the option's name
 	if d.NextArg() {
 		return d.Errf("connection_registry: surplus argument %q", d.Val())
 	}
-	durations := map[string]durationField{
-		"orphan_timeout":   {&a.OrphanTimeout, false},
-		"shutdown_timeout": {&a.ShutdownTimeout, false},
+	fields := map[string]argument{
+		"orphan_timeout":   durationField{&a.OrphanTimeout, false},
+		"shutdown_timeout": durationField{&a.ShutdownTimeout, false},
+		"replay_memory":    sizeField{&a.ReplayMemory},
 	}
 	err := eachSubdirective(d, func(name string) (bool, error) {
-		f, ok := durations[name]
+		f, ok := fields[name]
 		if !ok {
 			return false, nil
 		}
-		return true, f.parse(d)
+		return true, oneArgument(d, f)
 	})
 	if err == nil {
 		if err = a.Validate(); err != nil {
@@ -233,44 +289,86 @@ func eachSubdirective(d *caddyfile.Dispenser, parse func(name string) (known boo
 	return nil
 }
 
+// argument is a setting that is one argument.
+type argument interface{ parse(arg string) error }
+
 // durationField is a setting that is a duration, and whether `off` turns it off.
 type durationField struct {
 	to  **caddy.Duration
 	off bool
 }
 
-// parse takes the one argument of a duration's subdirective.
-func (f durationField) parse(d *caddyfile.Dispenser) error {
-	name := d.Val()
-	var arg string
-	if err := stringArg(d, &arg); err != nil {
-		return err
-	}
-	value := new(caddy.Duration)
-	*f.to = value
+func (f durationField) parse(arg string) error {
 	if arg == "off" && f.off {
+		*f.to = new(caddy.Duration)
 		return nil
 	}
 	parsed, err := caddy.ParseDuration(arg)
 	if err != nil {
-		return d.Errf("%s: invalid duration %q", name, arg)
+		return fmt.Errorf("invalid duration %q", arg)
 	}
-	*value = caddy.Duration(parsed)
+	value := caddy.Duration(parsed)
+	*f.to = &value
 	return nil
 }
 
-// stringArg takes the one argument of a subdirective.
-func stringArg(d *caddyfile.Dispenser, to *string) error {
-	name := d.Val()
-	args := d.RemainingArgs()
-	switch len(args) {
-	case 0:
+// sizeField is a setting that is a size, like `5MiB`.
+type sizeField struct{ to **int64 }
+
+func (f sizeField) parse(arg string) error {
+	parsed, err := humanize.ParseBytes(arg)
+	if err != nil || parsed > math.MaxInt64 {
+		return fmt.Errorf("invalid size %q", arg)
+	}
+	value := int64(parsed)
+	*f.to = &value
+	return nil
+}
+
+// countField is a setting that is a number.
+type countField struct{ to **int }
+
+func (f countField) parse(arg string) error {
+	parsed, err := strconv.Atoi(arg)
+	if err != nil {
+		return fmt.Errorf("invalid number %q", arg)
+	}
+	*f.to = &parsed
+	return nil
+}
+
+// stringField is a setting that is a word.
+type stringField struct{ to *string }
+
+func (f stringField) parse(arg string) error {
+	if arg == "" { // which would mean unset
+		return fmt.Errorf("invalid value %q", arg)
+	}
+	*f.to = arg
+	return nil
+}
+
+// oneArgument takes the one argument of a subdirective.
+func oneArgument(d *caddyfile.Dispenser, to argument) error {
+	name, args := d.Val(), d.RemainingArgs()
+	if err := argumentCount(d, name, args, 1, 1); err != nil {
+		return err
+	}
+	if err := to.parse(args[0]); err != nil {
+		return d.Errf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// argumentCount refuses arguments that are missing, or too many.
+func argumentCount(d *caddyfile.Dispenser, name string, args []string, least, most int) error {
+	switch {
+	case len(args) < least:
 		return d.Errf("%s: missing argument", name)
-	case 1:
-		*to = args[0]
-		return nil
+	case len(args) > most:
+		return d.Errf("%s: surplus argument %q", name, args[most])
 	default:
-		return d.Errf("%s: surplus argument %q", name, args[1])
+		return nil
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -18,15 +17,7 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/opening"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
-)
-
-// Defaults of websocket_proxy.
-const (
-	defaultDialTimeout      = 3 * time.Second
-	defaultHandshakeTimeout = 10 * time.Second
-	defaultPingInterval     = 30 * time.Second
-	defaultPingTimeout      = 30 * time.Second
-	defaultWriteTimeout     = 30 * time.Second
+	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
 )
 
 // retryAfter is what clients are told that a stop turns away, in seconds.
@@ -55,61 +46,37 @@ type WebSocketProxy struct {
 	// How a dead or unused connection is found and ended.
 	KeepAlive *KeepAlive `json:"keep_alive,omitempty"`
 
+	// What happens to clients whose backend is lost.
+	Resume *Resume `json:"resume,omitempty"`
+
+	// What the next backend gets of what the client sent.
+	Replay *Replay `json:"replay,omitempty"`
+
+	// Over how long connections that leave a backend are spread. Zero moves all at
+	// once.
+	// Default: `10s`.
+	DrainWindow *caddy.Duration `json:"drain_window,omitempty"`
+
 	// Whether clients and backends may agree on permessage-deflate (RFC 7692):
 	// `on`, `safe` (only with clients that themselves offer
 	// client_no_context_takeover) or `off`.
 	// Default: `on`.
 	Compression string `json:"compression,omitempty"`
 
-	logger           *zap.Logger
-	name             string
-	pool             *pool
-	generation       *generation
-	mode             deflate.Mode
-	handshakeTimeout time.Duration
+	logger     *zap.Logger
+	name       string
+	config     *routeConfig
+	generation *generation
+	mode       deflate.Mode
 }
 
-// Transport has the settings of connecting to an upstream.
-type Transport struct {
-	// How long a TCP connect may take. It must be positive.
-	// Default: `3s`.
-	DialTimeout *caddy.Duration `json:"dial_timeout,omitempty"`
-
-	// How long an upstream, once connected, may take to answer the handshake.
-	// It must be positive.
-	// Default: `10s`.
-	HandshakeTimeout *caddy.Duration `json:"handshake_timeout,omitempty"`
-}
-
-// KeepAlive has the settings of live connections.
-type KeepAlive struct {
-	// How often each peer is sent a ping; up to 10 % sooner. Zero sends none.
-	// Default: `30s`.
-	PingInterval *caddy.Duration `json:"ping_interval,omitempty"`
-
-	// How long a peer may be silent after a ping, all of that while the proxy
-	// reads from it, before it is taken for dead. It must be positive.
-	// Default: `30s`.
-	PingTimeout *caddy.Duration `json:"ping_timeout,omitempty"`
-
-	// How long a connection may go without a data frame either way. Zero: for ever.
-	// Default: `0`.
-	IdleTimeout *caddy.Duration `json:"idle_timeout,omitempty"`
-
-	// How long a connection may go without its first data frame. Zero: for ever.
-	// Default: `0`.
-	FirstDataTimeout *caddy.Duration `json:"first_data_timeout,omitempty"`
-
-	// How long a connection may live; shortened by up to 10 % at random. Zero:
-	// for ever.
-	// Default: `0`.
-	MaxLifetime *caddy.Duration `json:"max_lifetime,omitempty"`
-
-	// How long a peer's kernel may take no byte of what is written to it. Zero:
-	// for ever.
-	// Default: `30s`.
-	WriteTimeout *caddy.Duration `json:"write_timeout,omitempty"`
-}
+// The groups of settings.
+type (
+	Transport = settings.Transport
+	KeepAlive = settings.KeepAlive
+	Resume    = settings.Resume
+	Replay    = settings.Replay
+)
 
 // CaddyModule returns the module's information.
 func (*WebSocketProxy) CaddyModule() caddy.ModuleInfo {
@@ -126,14 +93,24 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := h.checkDurations(); err != nil {
+	if err := h.live().Check(h.Transport); err != nil {
 		return err
 	}
 	if h.mode, err = deflate.ParseMode(h.Compression); err != nil {
 		return err
 	}
-	h.handshakeTimeout = durationOr(h.transport().HandshakeTimeout, defaultHandshakeTimeout)
-	h.pool, err = newPool(ctx, h.Upstreams, h.LoadBalancing, durationOr(h.transport().DialTimeout, defaultDialTimeout))
+	t, r := settings.ValueOr(h.Transport, Transport{}), settings.ValueOr(h.Resume, Resume{})
+	h.config = &routeConfig{
+		json:             string(config),
+		handshakeTimeout: settings.DurationOr(t.HandshakeTimeout, settings.HandshakeTimeout),
+		concurrency:      settings.ValueOr(r.Concurrency, settings.ResumeConcurrency),
+		logger:           h.logger,
+	}
+	if h.config.settings, err = h.live().Session(); err != nil {
+		return err
+	}
+	dialTimeout := settings.DurationOr(t.DialTimeout, settings.DialTimeout)
+	h.config.pool, err = newPool(ctx, h.Upstreams, h.LoadBalancing, dialTimeout)
 	if err != nil {
 		return err
 	}
@@ -147,7 +124,7 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 	if h.name = h.Name; h.name == "" {
 		h.name = by
 	}
-	return h.generation.declare(h.name, by, string(config), h.settings())
+	return h.generation.declare(h.name, by, h.config)
 }
 
 // nextHandler names a handler by its server and its place there.
@@ -202,9 +179,9 @@ func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.
 		return nil, caddyhttp.Error(http.StatusBadRequest, err)
 	}
 	answer, err := o.Reach(opening.Config{
-		Next:             h.pool.each(route, r, w),
-		DialTimeout:      h.pool.dialTimeout,
-		HandshakeTimeout: h.handshakeTimeout,
+		Next:             h.config.pool.each(route, r, w, h.config.pool.upstreams),
+		DialTimeout:      h.config.pool.dialTimeout,
+		HandshakeTimeout: h.config.handshakeTimeout,
 		Logger:           h.logger,
 	}, q)
 	if err != nil {
@@ -214,7 +191,7 @@ func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.
 		answer.Relay(o, w)
 		return nil, nil
 	}
-	s, err := answer.Upgrade(o, w, r, func() session.Settings { return route.Settings.Load().(session.Settings) })
+	s, err := answer.Upgrade(o, w, r, liveRoute{route})
 	if err != nil {
 		return nil, h.failed(o, w, err)
 	}
@@ -235,52 +212,9 @@ func (h *WebSocketProxy) unavailable(w http.ResponseWriter, err error) error {
 	return caddyhttp.Error(http.StatusServiceUnavailable, err)
 }
 
-// settings are what the config says about live connections.
-func (h *WebSocketProxy) settings() session.Settings {
-	k := h.keepAlive()
-	return session.Settings{
-		PingInterval:     durationOr(k.PingInterval, defaultPingInterval),
-		PingTimeout:      durationOr(k.PingTimeout, defaultPingTimeout),
-		IdleTimeout:      durationOr(k.IdleTimeout, 0),
-		FirstDataTimeout: durationOr(k.FirstDataTimeout, 0),
-		MaxLifetime:      durationOr(k.MaxLifetime, 0),
-		WriteTimeout:     durationOr(k.WriteTimeout, defaultWriteTimeout),
-	}
-}
-
-func (h *WebSocketProxy) transport() Transport {
-	if h.Transport == nil {
-		return Transport{}
-	}
-	return *h.Transport
-}
-
-func (h *WebSocketProxy) keepAlive() KeepAlive {
-	if h.KeepAlive == nil {
-		return KeepAlive{}
-	}
-	return *h.KeepAlive
-}
-
-// checkDurations refuses durations that mean nothing.
-func (h *WebSocketProxy) checkDurations() error {
-	t, k := h.transport(), h.keepAlive()
-	for name, d := range map[string]*caddy.Duration{
-		"ping_interval": k.PingInterval, "idle_timeout": k.IdleTimeout, "first_data_timeout": k.FirstDataTimeout,
-		"max_lifetime": k.MaxLifetime, "write_timeout": k.WriteTimeout,
-	} {
-		if d != nil && *d < 0 {
-			return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
-		}
-	}
-	for name, d := range map[string]*caddy.Duration{
-		"dial_timeout": t.DialTimeout, "handshake_timeout": t.HandshakeTimeout, "ping_timeout": k.PingTimeout,
-	} {
-		if d != nil && *d <= 0 {
-			return fmt.Errorf("%s must be positive: %s", name, time.Duration(*d))
-		}
-	}
-	return nil
+// live are the settings that matter to live connections.
+func (h *WebSocketProxy) live() settings.Live {
+	return settings.Live{KeepAlive: h.KeepAlive, Resume: h.Resume, Replay: h.Replay, DrainWindow: h.DrainWindow}
 }
 
 // clientInfo is what the registry shows of a request.

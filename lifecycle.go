@@ -3,13 +3,18 @@ package holdfast
 import (
 	"context"
 	"fmt"
+	"net/http"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/opening"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -35,6 +40,7 @@ type lifecycle struct {
 type generation struct {
 	orphanTimeout   time.Duration
 	shutdownTimeout time.Duration
+	replayMemory    int64
 	routes          map[string]*declaration // complete when the config is provisioned
 	logger          *zap.Logger
 
@@ -44,21 +50,20 @@ type generation struct {
 
 // declaration is a route as a config declares it.
 type declaration struct {
-	by       string // the first handler that declared it, for error messages
-	config   string // that handler's JSON
-	settings session.Settings
-	route    *registry.Route // set once the generation is retained
+	by     string // the first handler that declared it, for error messages
+	config *routeConfig
+	route  *registry.Route // set once the generation is retained
 }
 
 // declare adds a route to the generation. Handlers of the same name share a
 // route if they say the same.
-func (g *generation) declare(name, by, config string, settings session.Settings) error {
+func (g *generation) declare(name, by string, config *routeConfig) error {
 	d, ok := g.routes[name]
 	if !ok {
-		g.routes[name] = &declaration{by: by, config: config, settings: settings}
+		g.routes[name] = &declaration{by: by, config: config}
 		return nil
 	}
-	if d.config != config {
+	if d.config.json != config.json {
 		return fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
 	}
 	return nil
@@ -72,11 +77,15 @@ func (l *lifecycle) start(g *generation) {
 	l.retain(g)
 	l.started = append(l.started, g)
 	l.apply(g)
+	if len(l.started) == 1 {
+		l.settle(g)
+	}
 }
 
 // stop takes a generation back. The newest one that is left is in force again,
 // which is the roll-back of a reload that failed. Routes that nobody declares
 // any more are gone: their connections are closed within the orphan timeout.
+// Upstreams that a route has lost are left within its drain window.
 func (l *lifecycle) stop(g *generation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -94,6 +103,7 @@ func (l *lifecycle) stop(g *generation) {
 	if n := len(l.started); n > 0 {
 		rule = l.started[n-1]
 		l.apply(rule)
+		l.settle(rule)
 	}
 	if !g.retained {
 		return
@@ -162,16 +172,88 @@ func (l *lifecycle) retain(g *generation) {
 		d.route = l.registry.Retain(registry.WebSocket, name)
 		// The first settings of a new route; a route in force keeps its own
 		// until this generation starts.
-		d.route.Settings.CompareAndSwap(nil, d.settings)
+		d.route.Settings.CompareAndSwap(nil, d.config)
 	}
 }
 
 // apply lets the settings of a generation count. mu is held.
 func (l *lifecycle) apply(g *generation) {
+	l.registry.ReplayMemory.SetLimit(g.replayMemory)
 	for _, d := range g.routes {
 		l.registry.KeepAll(d.route)
-		if d.route.Settings.Swap(d.settings) != d.settings {
+		if old, _ := d.route.Settings.Swap(d.config).(*routeConfig); old == nil || old.json != d.config.json {
 			l.registry.ReconsiderAll(d.route)
 		}
+	}
+}
+
+// settle makes the upstreams of a generation the only ones: no older config may
+// come back. mu is held.
+func (l *lifecycle) settle(g *generation) {
+	for name, d := range g.routes {
+		d.config.alone.Store(true)
+		n := l.registry.MovePaced(d.route, liveRoute{d.route}.Leaves, d.config.settings.DrainWindow)
+		if n > 0 {
+			g.logger.Info("upstreams are gone, moving their connections",
+				zap.String("route", name), zap.Int("count", n), zap.Duration("duration", d.config.settings.DrainWindow))
+		}
+	}
+}
+
+// routeConfig is what a config says about a route's live connections. It is not
+// changed once it is declared.
+type routeConfig struct {
+	json             string // the handler's
+	settings         session.Settings
+	pool             *pool
+	handshakeTimeout time.Duration
+	concurrency      int
+	logger           *zap.Logger
+
+	// alone is set once no older config is in force: only then do connections
+	// leave upstreams that the route has no more.
+	alone atomic.Bool
+}
+
+// liveRoute is a route as its live connections see it: by the newest config.
+type liveRoute struct{ route *registry.Route }
+
+func (r liveRoute) config() *routeConfig { return r.route.Settings.Load().(*routeConfig) }
+
+// Settings implements opening.Pool.
+func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
+
+// Leaves implements opening.Pool.
+func (r liveRoute) Leaves(upstream string) bool {
+	c := r.config()
+	return c.alone.Load() && !c.pool.has(upstream)
+}
+
+// Others implements opening.Pool.
+func (r liveRoute) Others(upstream string) bool { return len(r.config().pool.without(upstream)) > 0 }
+
+// Unanswering implements opening.Pool.
+func (r liveRoute) Unanswering(up *registry.Upstream) {
+	r.config().logger.Warn("upstream answers no pings; messages count as delivered once its TCP has acknowledged them for ping_timeout",
+		zap.String("route", r.route.Name()), zap.String("upstream", up.Name()))
+}
+
+// Redial implements opening.Pool.
+func (r liveRoute) Redial(q *handshake.Request, last string, move bool) opening.Config {
+	c := r.config()
+	groups := [][]*upstream{c.pool.without(last)}
+	if !move {
+		groups = append(groups, slices.DeleteFunc(slices.Clone(c.pool.upstreams), func(u *upstream) bool { return u.name != last }))
+	}
+	req, err := q.HTTP()
+	if err != nil {
+		req = new(http.Request) // it was made of a request, so this does not happen
+	}
+	return opening.Config{
+		Next:             c.pool.each(r.route, req, nil, groups...),
+		DialTimeout:      c.pool.dialTimeout,
+		HandshakeTimeout: c.handshakeTimeout,
+		Concurrency:      c.concurrency,
+		Logger:           c.logger,
 	}
 }

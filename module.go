@@ -22,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/adminapi"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
 
@@ -35,6 +36,7 @@ func init() {
 const (
 	defaultOrphanTimeout   = 10 * time.Second
 	defaultShutdownTimeout = 10 * time.Second
+	defaultReplayMemory    = 1 << 30
 )
 
 // ConnectionRegistry is the app that knows every connection of this plugin. It
@@ -53,6 +55,11 @@ type ConnectionRegistry struct {
 	// at once.
 	// Default: `10s`.
 	ShutdownTimeout *caddy.Duration `json:"shutdown_timeout,omitempty"`
+
+	// How many bytes the replay buffers of all connections may take together. What
+	// does not fit is treated as the route's replay_overflow says. It must be positive.
+	// Default: 1 GiB.
+	ReplayMemory *int64 `json:"replay_memory,omitempty"`
 
 	logger     *zap.Logger
 	generation *generation
@@ -73,8 +80,9 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 	a.logger = ctx.Logger()
 	a.ordinals = make(map[string]int)
 	a.generation = &generation{
-		orphanTimeout:   durationOr(a.OrphanTimeout, defaultOrphanTimeout),
-		shutdownTimeout: durationOr(a.ShutdownTimeout, defaultShutdownTimeout),
+		orphanTimeout:   settings.DurationOr(a.OrphanTimeout, defaultOrphanTimeout),
+		shutdownTimeout: settings.DurationOr(a.ShutdownTimeout, defaultShutdownTimeout),
+		replayMemory:    settings.ValueOr(a.ReplayMemory, defaultReplayMemory),
 		routes:          make(map[string]*declaration),
 		logger:          a.logger,
 	}
@@ -106,7 +114,7 @@ func (a *ConnectionRegistry) Validate() error {
 			return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
 		}
 	}
-	return nil
+	return settings.CheckSize("replay_memory", a.ReplayMemory)
 }
 
 // Start makes this config's routes and settings the ones in force.
@@ -152,13 +160,6 @@ func (*AdminAPI) CaddyModule() caddy.ModuleInfo {
 // Routes returns the API's routes. They are made for every config, also for one
 // that then fails, and never cleaned up: they hold nothing but the registry.
 func (*AdminAPI) Routes() []caddy.AdminRoute { return adminapi.Routes(live.registry) }
-
-func durationOr(d *caddy.Duration, otherwise time.Duration) time.Duration {
-	if d == nil {
-		return otherwise
-	}
-	return time.Duration(*d)
-}
 
 // Interface guards
 var (

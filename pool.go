@@ -79,11 +79,25 @@ func newPool(ctx caddy.Context, upstreams []*Upstream, lb *LoadBalancing, dialTi
 	return p, err
 }
 
+// has reports whether an upstream of that name is in the pool.
+func (p *pool) has(name string) bool {
+	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return u.name == name })
+}
+
+// without returns the upstreams but for the one of that name.
+func (p *pool) without(name string) []*upstream {
+	return slices.DeleteFunc(slices.Clone(p.upstreams), func(u *upstream) bool { return u.name == name })
+}
+
 // each returns a function that chooses the upstreams for one request, each once,
-// and takes a place in the count of the one it chose.
-func (p *pool) each(route *registry.Route, r *http.Request, w http.ResponseWriter) func() *opening.Target {
-	candidates := p.upstreams
+// and takes a place in the count of the one it chose. Those of each group are
+// chosen before the next group's.
+func (p *pool) each(route *registry.Route, r *http.Request, w http.ResponseWriter, groups ...[]*upstream) func() *opening.Target {
+	var candidates []*upstream
 	return func() *opening.Target {
+		for len(candidates) == 0 && len(groups) > 0 {
+			candidates, groups = groups[0], groups[1:]
+		}
 		var chosen *upstream
 		place := route.Choose(func(conns func(string) int) string {
 			if len(candidates) > 0 {

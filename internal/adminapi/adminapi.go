@@ -1,5 +1,5 @@
 // Package adminapi is the registry's part of Caddy's admin API: it lists live
-// connections, shows and ends one, and counts them.
+// connections, shows, moves and ends one, and counts them.
 package adminapi
 
 import (
@@ -36,6 +36,7 @@ func Routes(reg *registry.Registry) []caddy.AdminRoute {
 		route("/connections", methods{http.MethodGet: a.list}),
 		route("/connections/stats", methods{http.MethodGet: a.stats}),
 		route("/connections/{id}", methods{http.MethodGet: a.show, http.MethodDelete: a.end}),
+		route("/connections/{id}/migrate", methods{http.MethodPost: a.migrate}),
 	}
 }
 
@@ -124,6 +125,22 @@ func (a *api) end(w http.ResponseWriter, r *http.Request) error {
 	// One that ends already, for whatever reason, is what was asked for.
 	c.Close(e)
 	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// migrate is POST /connections/{id}/migrate.
+func (a *api) migrate(w http.ResponseWriter, r *http.Request) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
+	c, err := a.get(r)
+	if err != nil {
+		return err
+	}
+	if err := c.Move(); err != nil {
+		return refuse(http.StatusConflict, err)
+	}
+	w.WriteHeader(http.StatusAccepted)
 	return nil
 }
 

@@ -27,6 +27,7 @@ type owner struct{ ends []registry.Ending }
 func (o *owner) End(e registry.Ending) { o.ends = append(o.ends, e) }
 func (o *owner) Abort()                {}
 func (o *owner) Reconsider()           {}
+func (o *owner) Move() error           { return nil }
 
 // site is an admin API over a registry of its own.
 type site struct {

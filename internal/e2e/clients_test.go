@@ -158,7 +158,7 @@ func testGuest(t *testing.T, g guest, h habits) {
 	for _, host := range hosts {
 		t.Run(host.name, func(t *testing.T) {
 			backend := host.start(t)
-			p := startCaddy(t, "", "websocket_proxy "+backend+"\n\t"+page)
+			p := startCaddy(t, "", "websocket_proxy "+backend+" {\n resume_on 1012 1013\n}\n\t"+page)
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
 			if err := g.visit(ctx, p); err != nil {

@@ -140,7 +140,7 @@ func startPairing(t testing.TB, globals, options string) *pairing {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ln.Close() })
-	return &pairing{startCaddy(t, globals, "websocket_proxy "+ln.Addr().String()+" {\n"+options+"\n}"), ln}
+	return &pairing{startCaddy(t, globals, "websocket_proxy "+ln.Addr().String()+" {\n resume_timeout off\n"+options+"\n}"), ln}
 }
 
 // link is a connection whose both ends the test plays.

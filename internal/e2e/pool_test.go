@@ -127,7 +127,7 @@ func TestHeartbeat(t *testing.T) {
 			}
 		}
 	})
-	p := startCaddy(t, "", "websocket_proxy "+backend+" {\n ping_interval 100ms\n ping_timeout 300ms\n}")
+	p := startCaddy(t, "", "websocket_proxy "+backend+" {\n resume_timeout off\n ping_interval 100ms\n ping_timeout 300ms\n}")
 	before := p.stats(t).ClosedByReason["ping_timeout"]
 	silent := rawDial(t, p.addr, "")
 	lively := rawDial(t, p.addr, "")
@@ -182,7 +182,7 @@ func TestWriteTimeout(t *testing.T) {
 			<-hold
 		}
 	})
-	p := startCaddy(t, "", "websocket_proxy "+deaf+" {\n write_timeout 1s\n}")
+	p := startCaddy(t, "", "websocket_proxy "+deaf+" {\n resume_timeout off\n write_timeout 1s\n}")
 	c := rawDial(t, p.addr, "")
 	written := make(chan error, 1)
 	go func() {

@@ -108,6 +108,10 @@ func (r *Reader) Fill(src io.Reader) error {
 // Buffered returns how many bytes wait to be handed out.
 func (r *Reader) Buffered() int { return r.w - r.r }
 
+// MidMessage reports whether a message was handed out in part: its end is still
+// to come.
+func (r *Reader) MidMessage() bool { return r.fragmented }
+
 // Release gives a pooled buffer back. Buffered bytes are lost.
 func (r *Reader) Release() {
 	if r.large != nil {

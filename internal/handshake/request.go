@@ -1,8 +1,10 @@
 package handshake
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -24,6 +26,7 @@ type Request struct {
 	head         []byte
 	subprotocols []string
 	offer        deflate.Negotiation
+	resume       string
 }
 
 // hopHeaders are the headers that concern one hop, besides those that the
@@ -85,10 +88,28 @@ func ownHeader(name string) bool {
 	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
 }
 
+// ResumeHeader tells a backend that it takes a connection over, and why.
+const ResumeHeader = "Holdfast-Resume"
+
+// Redial returns the request for a backend that comes after the first one, from
+// which the client was told of the compression. resume is the value of ResumeHeader.
+func (q *Request) Redial(told deflate.Agreement, resume string) *Request {
+	return &Request{head: q.head, subprotocols: q.subprotocols, offer: told.Redial(), resume: resume}
+}
+
+// HTTP returns the request as a server would have it, for what chooses a backend
+// by it.
+func (q *Request) HTTP() (*http.Request, error) {
+	return http.ReadRequest(bufio.NewReader(io.MultiReader(bytes.NewReader(q.head), strings.NewReader("\r\n"))))
+}
+
 // wire returns the request as it goes to a backend with the given key.
 func (q *Request) wire(key string) []byte {
 	var b bytes.Buffer
 	b.Write(q.head)
+	if q.resume != "" {
+		b.WriteString(ResumeHeader + ": " + q.resume + "\r\n")
+	}
 	b.WriteString("Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + key + "\r\n")
 	if offer := q.offer.Offer(); offer != "" {
 		b.WriteString("Sec-WebSocket-Extensions: " + offer + "\r\n")

@@ -16,10 +16,11 @@ import (
 // Answer is an upstream's answer to the handshake, with its connection. One of
 // Relay and Upgrade follows, as Upgraded says.
 type Answer struct {
-	res   *handshake.Response
-	conn  net.Conn
-	place *registry.Upstream
-	stall time.Duration // how long the body of a refusal may pause
+	request *handshake.Request
+	res     *handshake.Response
+	conn    net.Conn
+	place   *registry.Upstream
+	stall   time.Duration // how long the body of a refusal may pause
 }
 
 // Upgraded reports whether the upstream accepted the WebSocket.
@@ -72,7 +73,7 @@ func (f flusher) Write(b []byte) (int, error) {
 
 // Upgrade gives the client its 101, takes its connection over, and makes the
 // session, which owns the record from then on and is to be run.
-func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, settings func() session.Settings) (*session.Session, error) {
+func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, pool Pool) (*session.Session, error) {
 	// Before the 101: a client that has it finds its connection open in the registry.
 	if !o.rec.Open(a.res.Subprotocol) {
 		_ = a.conn.Close()
@@ -85,7 +86,7 @@ func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, set
 		o.rec.Close(registry.Ending{Reason: registry.ClientGone})
 		return nil, err
 	}
-	s := session.New(o.rec, a.place, settings,
+	s := session.New(o.rec, newLine(o.rec, pool, a), a.place,
 		session.Peer{Conn: conn, Early: early},
 		session.Peer{Conn: a.conn, Early: a.res.Early},
 		a.res.Compression.Compressed())

@@ -18,6 +18,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
 
 // ErrNoUpstream is the error of an opening for which there was nobody to ask.
@@ -28,7 +29,7 @@ var ErrEnded = errors.New("connection ended before it was open")
 
 // Target is an upstream to try.
 type Target struct {
-	Place   *registry.Upstream // taken; the record gives it back
+	Place   *registry.Upstream // taken; who asked for the target gives it back
 	Address string
 	Dial    func(ctx context.Context) (net.Conn, error)
 }
@@ -39,6 +40,7 @@ type Config struct {
 	Next func() *Target
 	// Limits of one attempt.
 	DialTimeout, HandshakeTimeout time.Duration
+	Concurrency                   int // re-dials at once per upstream
 	Logger                        *zap.Logger
 }
 
@@ -74,6 +76,9 @@ func (o *Opening) Abort() { o.cancel(ErrEnded) }
 // Reconsider implements registry.Owner. A planned end waits for the session.
 func (o *Opening) Reconsider() {}
 
+// Move implements registry.Owner.
+func (o *Opening) Move() error { return session.ErrNotMovable }
+
 // Close ends an opening that did not become a session.
 func (o *Opening) Close() {
 	o.cancel(nil)
@@ -99,7 +104,7 @@ func (o *Opening) Reach(c Config, q *handshake.Request) (*Answer, error) {
 		}
 		o.rec.Attempt(t.Place, t.Address, time.Now().Add(c.DialTimeout+c.HandshakeTimeout))
 		var a *Answer
-		if a, err = o.try(c, t, q); err != nil {
+		if a, err = c.ask(o.ctx, t, q); err != nil {
 			if l := c.Logger.Check(zap.DebugLevel, "upstream gave no answer"); l != nil {
 				l.Write(zap.String("id", o.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Address), zap.Error(err))
 			}
@@ -121,9 +126,9 @@ func tryNext(status int) bool {
 	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
 
-// try dials an upstream and does the handshake.
-func (o *Opening) try(c Config, t *Target, q *handshake.Request) (*Answer, error) {
-	ctx, cancel := context.WithDeadline(o.ctx, o.rec.Deadline())
+// ask dials an upstream and does the handshake.
+func (c *Config) ask(ctx context.Context, t *Target, q *handshake.Request) (*Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.DialTimeout+c.HandshakeTimeout)
 	defer cancel()
 	conn, err := t.Dial(ctx)
 	if err != nil {
@@ -142,7 +147,7 @@ func (o *Opening) try(c Config, t *Target, q *handshake.Request) (*Answer, error
 		_ = conn.Close()
 		return nil, fmt.Errorf("handshake with %s: %w", t.Address, err)
 	}
-	return &Answer{res: res, conn: conn, place: t.Place, stall: c.HandshakeTimeout}, nil
+	return &Answer{request: q, res: res, conn: conn, place: t.Place, stall: c.HandshakeTimeout}, nil
 }
 
 // past is a deadline that ends blocked reads and writes at once.

@@ -27,9 +27,12 @@ type Owner interface {
 	End(e Ending)
 	// Abort cuts both legs at once.
 	Abort()
-	// Reconsider is called when the route's settings or the connection's
-	// CloseAt have changed.
+	// Reconsider is called when the route's settings, or what is planned for the
+	// connection, have changed.
 	Reconsider()
+	// Move begins to bring the connection to another backend and reports whether
+	// it may be moved at all.
+	Move() error
 }
 
 // Info is what is known of a connection when it is accepted.
@@ -57,11 +60,16 @@ type Conn struct {
 	deadline    time.Time // when state must have been left; zero: no such time
 	closeAt     time.Time // when a paced end is due; zero: none planned
 	closeWhy    Ending
+	moveAt      time.Time // when a paced move is due; zero: none planned
 	ending      Ending
 	owner       Owner
 	upstream    *Upstream
 	dial        string
 	subprotocol string
+
+	resumes  int // how often another backend took over …
+	replayed int // … and how many messages may have been repeats
+	buffered atomic.Int64
 
 	bytes    [2]atomic.Uint64
 	messages [2]atomic.Uint64
@@ -133,12 +141,20 @@ func (c *Conn) Handover(owner Owner) {
 // and returns true.
 func (c *Conn) Close(e Ending) bool {
 	c.reg.mu.Lock()
+	from := c.state
 	if !c.enter(Closing, time.Now().Add(ClosingTimeout)) {
 		c.reg.mu.Unlock()
 		return false
 	}
 	c.ending = e
 	owner := c.owner
+	switch from {
+	case Held:
+		c.reg.metrics.resumed(c.route, string(e.Reason))
+	case Migrating:
+		c.reg.metrics.migrated(c.route, string(e.Reason))
+	default: // it had its backend
+	}
 	c.reg.mu.Unlock()
 	owner.End(e)
 	return true

@@ -43,6 +43,8 @@ func (s *session) Abort() {
 	}
 }
 
+func (s *session) Move() error { return nil }
+
 func (s *session) done() {
 	s.doneAt = time.Now()
 	s.c.Done()

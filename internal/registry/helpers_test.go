@@ -39,6 +39,8 @@ func (o *owner) Reconsider() {
 	o.again++
 }
 
+func (o *owner) Move() error { return nil }
+
 func (o *owner) ended() []Ending {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -104,6 +106,12 @@ func force(t *testing.T, c *Conn, s State) {
 	case Connecting:
 	case Open:
 		open(c, new(owner), "")
+	case Held:
+		open(c, new(owner), "")
+		c.Hold()
+	case Migrating:
+		open(c, new(owner), "")
+		c.Migrate()
 	case Closing:
 		open(c, new(owner), "")
 		c.Close(Ending{Reason: Admin})

@@ -1,6 +1,10 @@
 package registry
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 // metrics are the registry's collectors, made once. Their methods are named for
 // what happened.
@@ -11,6 +15,12 @@ type metrics struct {
 	bytesTotal    *prometheus.CounterVec
 	messagesTotal *prometheus.CounterVec
 	duration      *prometheus.HistogramVec
+	stateSeconds  *prometheus.HistogramVec
+	heldSeconds   *prometheus.HistogramVec
+	resumesTotal  *prometheus.CounterVec
+	replayedTotal *prometheus.CounterVec
+	movesTotal    *prometheus.CounterVec
+	replayBytes   prometheus.GaugeFunc
 }
 
 const (
@@ -22,10 +32,22 @@ const (
 // ages in Stats: connections live from moments to weeks.
 var ageBuckets = []float64{1, 10, 60, 300, 1800, 3600, 14400, 86400, 604800}
 
-func newMetrics() *metrics {
+// stateBuckets are the bounds, in seconds, of the time spent in a state: dials and
+// resumes take milliseconds, open connections days.
+var stateBuckets = []float64{0.01, 0.1, 1, 5, 10, 30, 60, 300, 3600, 86400}
+
+// heldBuckets are the bounds, in seconds, of the time without a backend.
+var heldBuckets = []float64{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300}
+
+func newMetrics(replayBytes func() int64) *metrics {
 	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: namespace, Subsystem: subsystem, Name: name, Help: help,
+		}, labels)
+	}
+	histogram := func(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Namespace: namespace, Subsystem: subsystem, Name: name, Help: help, Buckets: buckets,
 		}, labels)
 	}
 	return &metrics{
@@ -37,16 +59,22 @@ func newMetrics() *metrics {
 		closedTotal:   counter("closed_total", "Connections that had been opened and ended.", "kind", "route", "reason"),
 		bytesTotal:    counter("bytes_total", "Payload bytes of data, in: from clients.", "kind", "route", "direction"),
 		messagesTotal: counter("messages_total", "Complete WebSocket messages, in: from clients.", "route", "direction"),
-		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Namespace: namespace, Subsystem: subsystem, Name: "duration_seconds",
-			Help:    "Life of connections that ended, from their opening.",
-			Buckets: ageBuckets,
-		}, []string{"kind", "route"}),
+		duration:      histogram("duration_seconds", "Life of connections that ended, from their opening.", ageBuckets, "kind", "route"),
+		stateSeconds:  histogram("state_seconds", "Time that connections spent in a state they have left.", stateBuckets, "kind", "state"),
+		heldSeconds:   histogram("held_seconds", "Time that clients were held without a backend.", heldBuckets, "route"),
+		resumesTotal:  counter("resumes_total", "Interruptions that are over, by how: resumed, or the reason of the connection's end.", "route", "result"),
+		replayedTotal: counter("replayed_messages_total", "Messages sent again to another backend, which may be repeats.", "route"),
+		movesTotal:    counter("migrations_total", "Migrations that are over: moved, stayed (no other backend), lost (the old one went first), or the reason of the connection's end.", "route", "result"),
+		replayBytes: prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Namespace: namespace, Subsystem: subsystem, Name: "replay_bytes",
+			Help: "Memory of all replay buffers together.",
+		}, func() float64 { return float64(replayBytes()) }),
 	}
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.active, m.openedTotal, m.closedTotal, m.bytesTotal, m.messagesTotal, m.duration}
+	return []prometheus.Collector{m.active, m.openedTotal, m.closedTotal, m.bytesTotal, m.messagesTotal, m.duration,
+		m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes}
 }
 
 // bind makes the series of a route that are counted on the path of every
@@ -66,7 +94,11 @@ func (m *metrics) forget(t *Route) {
 	m.closedTotal.DeletePartialMatch(labels)
 	m.bytesTotal.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
-	m.messagesTotal.DeletePartialMatch(prometheus.Labels{"route": t.key.name})
+	for _, c := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
+		m.messagesTotal, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal,
+	} {
+		c.DeletePartialMatch(prometheus.Labels{"route": t.key.name})
+	}
 }
 
 func (m *metrics) admitted(c *Conn) { m.gauge(c, c.state).Inc() }
@@ -75,6 +107,28 @@ func (m *metrics) moved(c *Conn, from, to State) {
 	m.gauge(c, from).Dec()
 	if to != Closed {
 		m.gauge(c, to).Inc()
+	}
+	spent := time.Since(c.since).Seconds()
+	m.stateSeconds.WithLabelValues(string(c.info.Kind), from.String()).Observe(spent)
+	switch {
+	case from == Held:
+		m.heldSeconds.WithLabelValues(c.route.key.name).Observe(spent)
+	case from == Migrating && to == Held:
+		m.migrated(c.route, "lost")
+	}
+}
+
+func (m *metrics) resumed(t *Route, result string) {
+	m.resumesTotal.WithLabelValues(t.key.name, result).Inc()
+}
+
+func (m *metrics) migrated(t *Route, result string) {
+	m.movesTotal.WithLabelValues(t.key.name, result).Inc()
+}
+
+func (m *metrics) replayed(t *Route, messages int) {
+	if messages > 0 {
+		m.replayedTotal.WithLabelValues(t.key.name).Add(float64(messages))
 	}
 }
 

@@ -15,6 +15,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"sort"
 	"sync"
@@ -22,6 +23,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/replay"
 )
 
 // Admit refuses connections with these errors.
@@ -32,6 +35,9 @@ var (
 
 // Registry is the set of live connections. Make one with New.
 type Registry struct {
+	// ReplayMemory bounds the replay buffers of all connections together.
+	ReplayMemory *replay.Budget
+
 	metrics *metrics
 
 	mu       sync.Mutex
@@ -53,8 +59,11 @@ type slot struct {
 
 // New returns an empty registry.
 func New() *Registry {
+	memory := replay.NewBudget(math.MaxInt64)
 	return &Registry{
-		metrics: newMetrics(),
+		ReplayMemory: memory,
+
+		metrics: newMetrics(memory.Used),
 		byID:    make(map[string]*Conn),
 		routes:  make(map[routeKey]*Route),
 		drained: make(chan struct{}),
@@ -148,13 +157,39 @@ func (c *Conn) abort() {
 // all return at once.
 func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 	conns := r.live(route)
+	paced(conns, window, func(c *Conn, at time.Time) { c.CloseAt(at, e) })
+	return len(conns)
+}
+
+// MovePaced plans for the connections of a route that use an upstream which
+// leaves to move to another one, spread like those of EndPaced, and lifts
+// such plans for all others. It returns how many are to move.
+func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
+	var leaving []*Conn
+	for _, c := range r.live(route) {
+		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
+		switch {
+		case up != "" && leaves(up):
+			if !planned {
+				leaving = append(leaving, c)
+			}
+		case planned:
+			c.MoveAt(time.Time{})
+		}
+	}
+	paced(leaving, window, (*Conn).MoveAt)
+	return len(leaving)
+}
+
+// paced gives each connection a time within window, evenly, in random order, the
+// last one when it ends.
+func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)) {
 	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
 	now := time.Now()
 	for i, c := range conns {
 		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
-		c.CloseAt(now.Add(time.Duration(share*float64(window))), e)
+		plan(c, now.Add(time.Duration(share*float64(window))))
 	}
-	return len(conns)
 }
 
 // KeepAll lifts what EndPaced planned for connections that are still open.

@@ -34,9 +34,13 @@ type Upstream struct {
 	name  string // as configured
 	conns int    // guarded by Registry.mu
 
+	redials redials
+
 	// Answers is set once the upstream has answered a ping: only then is its
 	// silence a sign that it is dead.
 	Answers atomic.Bool
+	// Warned is set once it was logged that the upstream answers no ping.
+	Warned atomic.Bool
 }
 
 // Name is the upstream's address as configured.
@@ -94,6 +98,13 @@ func (t *Route) Choose(pick func(conns func(upstream string) int) string) *Upstr
 	}
 	u.conns++
 	return u
+}
+
+// Leave gives back a place that Choose took and no record took over.
+func (t *Route) Leave(u *Upstream) {
+	t.reg.mu.Lock()
+	defer t.reg.mu.Unlock()
+	t.release(u)
 }
 
 // release gives a place in an upstream's count back. Registry.mu is held.

@@ -12,18 +12,22 @@ type State uint8
 const (
 	Connecting State = iota // a backend is being dialed, the client waits for its answer
 	Open                    // both legs are up
+	Held                    // there is no backend, the client is kept until there is one
+	Migrating               // both legs are up, another backend is about to take over
 	Closing                 // the end is known, the peers are being told
 	Closed                  // nothing of it is left
 	stateCount
 )
 
-var stateNames = [stateCount]string{"connecting", "open", "closing", "closed"}
+var stateNames = [stateCount]string{"connecting", "open", "held", "migrating", "closing", "closed"}
 
 // nextStates are the legal transitions. A connection that ends while it
 // connects has nobody to tell and may go straight to Closed.
 var nextStates = [stateCount][]State{
 	Connecting: {Open, Closing, Closed},
-	Open:       {Closing},
+	Open:       {Held, Migrating, Closing},
+	Held:       {Open, Closing},
+	Migrating:  {Open, Held, Closing},
 	Closing:    {Closed},
 }
 
@@ -67,14 +71,20 @@ const (
 	BackendLost    Reason = "backend_lost"    // the backend's connection broke or went dead
 	ClientProtocol Reason = "client_protocol" // the client broke RFC 6455
 	BackendBroke   Reason = "backend_protocol"
-	Idle           Reason = "idle"          // idle_timeout
-	NoData         Reason = "no_data"       // first_data_timeout
-	Lifetime       Reason = "lifetime"      // max_lifetime
-	PingTimeout    Reason = "ping_timeout"  // the client answers no ping
-	WriteTimeout   Reason = "write_timeout" // the client takes no byte
-	Orphan         Reason = "orphan"        // its route is gone from the config
-	Shutdown       Reason = "shutdown"      // Caddy stops
-	Admin          Reason = "admin"         // the admin API
+	Idle           Reason = "idle"           // idle_timeout
+	NoData         Reason = "no_data"        // first_data_timeout
+	Lifetime       Reason = "lifetime"       // max_lifetime
+	PingTimeout    Reason = "ping_timeout"   // the client answers no ping
+	WriteTimeout   Reason = "write_timeout"  // the client takes no byte
+	ResumeTimeout  Reason = "resume_timeout" // held for too long
+	Overflow       Reason = "overflow"       // held, and its messages do not fit any more
+	InDoubt        Reason = "in_doubt"       // nobody knows whether a message was delivered
+	Torn           Reason = "torn"           // a message was delivered in part and cannot be repaired
+	Refused        Reason = "refused"        // a backend refused to take the connection over
+	Poison         Reason = "poison"         // its message breaks every backend
+	Orphan         Reason = "orphan"         // its route is gone from the config
+	Shutdown       Reason = "shutdown"       // Caddy stops
+	Admin          Reason = "admin"          // the admin API
 )
 
 // Ending is the reason for a connection's end and, for Admin, what the client is told.

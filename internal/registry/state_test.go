@@ -14,7 +14,9 @@ import (
 func TestEveryTransition(t *testing.T) {
 	legal := map[State][]State{
 		Connecting: {Open, Closing, Closed},
-		Open:       {Closing},
+		Open:       {Held, Migrating, Closing},
+		Held:       {Open, Closing},
+		Migrating:  {Open, Held, Closing},
 		Closing:    {Closed},
 		Closed:     {},
 	}
@@ -37,8 +39,16 @@ func TestEveryTransition(t *testing.T) {
 				case Connecting:
 					return // nothing makes a record connect again
 				case Open:
-					open(c, new(owner), "")
-					got = from == Connecting && c.State() == Open
+					if from == Connecting {
+						open(c, new(owner), "")
+						got = c.State() == Open
+					} else {
+						got = c.TakeOver(choose(c.route, "b"), "b:80", 0)
+					}
+				case Held:
+					got = c.Hold() && from != Held
+				case Migrating:
+					got = c.Migrate()
 				case Closing:
 					got = c.Close(Ending{Reason: Lifetime})
 				case Closed:

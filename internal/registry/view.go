@@ -28,6 +28,9 @@ type View struct {
 	BytesOut    uint64    `json:"bytes_out"`
 	MessagesIn  uint64    `json:"messages_in"`
 	MessagesOut uint64    `json:"messages_out"`
+	Resumes     int       `json:"resumes"`
+	Replayed    int       `json:"replayed"`
+	Buffered    int64     `json:"buffered_bytes"`
 }
 
 // View returns the connection as it is now.
@@ -45,9 +48,7 @@ func (c *Conn) view(now time.Time) View {
 		Protocol: c.info.Protocol, Subprotocol: c.subprotocol, OpenedAt: c.opened(),
 		BytesIn: c.bytes[In].Load(), BytesOut: c.bytes[Out].Load(),
 		MessagesIn: c.messages[In].Load(), MessagesOut: c.messages[Out].Load(),
-	}
-	if c.upstream != nil {
-		v.Upstream = c.upstream.name
+		Upstream: c.upstreamName(), Resumes: c.resumes, Replayed: c.replayed, Buffered: c.buffered.Load(),
 	}
 	v.Age = now.Sub(v.OpenedAt).Seconds()
 	v.Idle = max(0, now.Sub(c.accepted)-time.Duration(c.lastData.Load())).Seconds()
@@ -94,13 +95,9 @@ func (r *Registry) List(f Filter, limit int, after string) (page []View, next st
 
 // selects reports whether f selects c. Registry.mu is held.
 func (f Filter) selects(c *Conn, now time.Time) bool {
-	upstream := ""
-	if c.upstream != nil {
-		upstream = c.upstream.name
-	}
 	return (f.Kind == "" || f.Kind == c.info.Kind) &&
 		(f.Route == "" || f.Route == c.route.key.name) &&
-		(f.Upstream == "" || f.Upstream == upstream) &&
+		(f.Upstream == "" || f.Upstream == c.upstreamName()) &&
 		(f.State == nil || *f.State == c.state) &&
 		(f.Client == "" || f.Client == c.info.Client) &&
 		(f.MinAge == 0 || now.Sub(c.opened()) >= f.MinAge)

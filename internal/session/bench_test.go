@@ -119,7 +119,7 @@ func runSession(b *testing.B, client, backend Conn) (done <-chan struct{}) {
 	up := route.Choose(func(func(string) int) string { return "app:80" })
 	rec.Attempt(up, "app:80", time.Time{})
 	rec.Open("")
-	s := New(rec, up, func() Settings { return defaults }, Peer{Conn: client}, Peer{Conn: backend}, false)
+	s := New(rec, newTestRoute(defaults), up, Peer{Conn: client}, Peer{Conn: backend}, false)
 	rec.Handover(s)
 	ran := make(chan struct{})
 	go func() {

@@ -1,3 +1,5 @@
+// This file holds the clock of a session and what it ends a session for.
+
 package session
 
 import (
@@ -41,7 +43,7 @@ func (s *Session) tick() {
 	}
 	// Settings and plan are read under the lock: who changes them asks for a
 	// look afterwards, which this one cannot overrule.
-	set, now := s.settings(), s.now()
+	set, now := s.route.Settings(), s.now()
 	if s.closing {
 		again, cut := s.checkClosing(now)
 		s.timer.Reset(again)
@@ -51,21 +53,42 @@ func (s *Session) tick() {
 		}
 		return
 	}
-	end, due := s.limits(now, set)
-	for side := range s.legs {
-		why, next := s.checkLeg(&s.legs[side], now, set)
-		if end.Reason == "" {
-			end.Reason = why
-		}
-		due = min(due, next)
-	}
-	if end.Reason == "" {
-		s.timer.Reset(s.sleep(now, due))
-	}
+	end := s.look(now, set)
 	s.mu.Unlock()
 	if end.Reason != "" {
 		s.rec.Close(end)
 	}
+}
+
+// look checks all that may be due and sets the time of the next look, unless the
+// session has to end. Session.mu is held.
+func (s *Session) look(now time.Duration, set *Settings) registry.Ending {
+	end, due := s.limits(now, set)
+	why, next := s.checkLeg(&s.client, now, set)
+	if end.Reason == "" {
+		end.Reason = why
+	}
+	due = min(due, next)
+	if b := s.backend(); !b.lost {
+		lost, next := s.checkBackend(b, now, set)
+		due = min(due, next)
+		if lost {
+			due = now // there is something new to look at
+			if !s.loseNow(b, false) && end.Reason == "" {
+				end.Reason = registry.BackendLost
+			}
+		}
+	}
+	if s.paused {
+		s.upWork.Store(true) // other sessions may have given memory back
+		s.changed.Broadcast()
+		due = min(due, now+activePeriod)
+	}
+	due = min(due, s.planned(now, set))
+	if end.Reason == "" {
+		s.timer.Reset(s.sleep(now, due))
+	}
+	return end
 }
 
 // sleep returns how long the clock may sleep when something is due at due: at
@@ -74,9 +97,8 @@ func (s *Session) sleep(now, due time.Duration) time.Duration {
 	// The flag is set before the look, and looked at by the pumps after they
 	// have set their times: one of the two sees the other.
 	s.drowsy.Store(true)
-	for side := range s.legs {
-		l := &s.legs[side]
-		if l.writing.Load() != 0 || l.broken != 0 || now-time.Duration(l.lastRead.Load()) < activePeriod {
+	for _, l := range [...]*leg{&s.client, s.backend()} {
+		if l.writing.Load() != 0 || l.broken != 0 && !l.lost || now-time.Duration(l.lastRead.Load()) < activePeriod {
 			s.drowsy.Store(false)
 			return min(activePeriod, max(due-now, 0))
 		}
@@ -86,7 +108,7 @@ func (s *Session) sleep(now, due time.Duration) time.Duration {
 
 // limits checks what the route allows and whether an end was planned, and
 // returns when to look again. Session.mu is held.
-func (s *Session) limits(now time.Duration, set Settings) (end registry.Ending, due time.Duration) {
+func (s *Session) limits(now time.Duration, set *Settings) (end registry.Ending, due time.Duration) {
 	due = now + dormant
 	if at, planned := s.rec.PlannedEnd(); !at.IsZero() {
 		wait := time.Until(at)
@@ -104,6 +126,8 @@ func (s *Session) limits(now time.Duration, set Settings) (end registry.Ending, 
 	}
 	lastData, any := s.rec.LastData()
 	switch {
+	case s.heldAt != 0 && (set.ResumeTimeout <= 0 || expired(s.heldAt, set.ResumeTimeout)):
+		end.Reason = registry.ResumeTimeout
 	case expired(s.lifeBegins, s.sooner(set.MaxLifetime)):
 		end.Reason = registry.Lifetime
 	case !any && expired(s.lifeBegins, set.FirstDataTimeout):
@@ -114,9 +138,38 @@ func (s *Session) limits(now time.Duration, set Settings) (end registry.Ending, 
 	return end, due
 }
 
+// planned begins a move that is due and returns when to look again. A session on
+// an upstream that is to be left, for which nobody has planned, plans its own: it
+// got there while the config changed. Session.mu is held.
+func (s *Session) planned(now time.Duration, set *Settings) (due time.Duration) {
+	due = now + dormant
+	b := s.backend()
+	if b.lost || s.search.under {
+		return due
+	}
+	at := s.rec.PlannedMove()
+	if at.IsZero() {
+		if !s.route.Leaves(b.upstream.Name()) {
+			return due
+		}
+		at = time.Now().Add(atRandom(set.DrainWindow))
+		s.rec.PlanMove(at)
+	}
+	by := max(now+time.Until(at), s.moveAfter)
+	if by > now {
+		return by
+	}
+	if s.moveNow() != nil {
+		s.moveAfter = now + moveAgain // nowhere to go, or not now
+		return s.moveAfter
+	}
+	return due
+}
+
 // checkLeg judges one leg, leaves a ping with it if one is due, and returns why
-// the session has to end and when to look again. Session.mu is held.
-func (s *Session) checkLeg(l *leg, now time.Duration, set Settings) (registry.Reason, time.Duration) {
+// the session has to end and when to look again; for a backend that means that it
+// is lost. Session.mu is held.
+func (s *Session) checkLeg(l *leg, now time.Duration, set *Settings) (registry.Reason, time.Duration) {
 	due := now + dormant
 	if l.broken != 0 {
 		if now-l.broken >= answerTimeout {
@@ -125,36 +178,59 @@ func (s *Session) checkLeg(l *leg, now time.Duration, set Settings) (registry.Re
 		due = l.broken + answerTimeout
 	}
 	// In this order: the pump ends reading before it ends writing.
-	stuck := time.Duration(s.other(l).writing.Load())
+	unread := time.Duration(max(s.other(l).writing.Load(), l.waiting.Load()))
 	reading := time.Duration(l.reading.Load())
-	if stuck != 0 {
-		reading = 0 // who reads l is writing to the other leg
-		if now-stuck >= activePeriod/2 && s.vanishedUnread(l) {
+	if unread != 0 {
+		reading = 0 // who reads l does something else
+		if now-unread >= activePeriod/2 && s.vanishedUnread(l) {
 			return vanished(l), due
 		}
+		due = min(due, now+activePeriod)
 	}
 	if s.stalled(l, now, set.WriteTimeout) {
-		if l.side == clientSide {
-			return registry.WriteTimeout, due
-		}
-		return registry.BackendLost, due
+		return unheard(l, registry.WriteTimeout), due
 	}
 	dead, next := s.heartbeat(l, now, reading, set)
 	if dead {
-		if l.side == clientSide {
-			return registry.PingTimeout, due
-		}
-		return registry.BackendLost, due
+		return unheard(l, registry.PingTimeout), due
 	}
 	return "", min(due, next)
 }
 
+// unheard is the reason when a limit says that the peer of l is not there.
+func unheard(l *leg, client registry.Reason) registry.Reason {
+	if l.side == clientSide {
+		return client
+	}
+	return registry.BackendLost
+}
+
+// checkBackend reports whether the backend is lost, asks it for acknowledgements,
+// and returns when to look again. Session.mu is held.
+func (s *Session) checkBackend(b *leg, now time.Duration, set *Settings) (lost bool, due time.Duration) {
+	why, due := s.checkLeg(b, now, set)
+	if why != "" {
+		return true, due
+	}
+	if b.parting != 0 {
+		// It has its time from when it could know.
+		by := max(b.parting, b.saidAt) + partingTimeout
+		return now >= by, min(due, by, now+closingPeriod)
+	}
+	return false, min(due, s.checkAcks(b, now, set))
+}
+
 // vanishedUnread reports whether the peer of a leg that nobody reads is gone: its
 // connection is reset, or it has finished and all it sent was passed on. While
-// there is something to deliver, the other side's pace decides. Session.mu is held.
+// there is something to deliver, the other side's pace decides. A client that has
+// said its last word is waited for. Session.mu is held.
 func (s *Session) vanishedUnread(l *leg) bool {
 	info, known := l.ask()
-	return known && (info.Reset || info.Finished && info.Unread == 0 && l.unpassed.Load() == 0)
+	if !known {
+		return false
+	}
+	lastWord := l.side == clientSide && l.waiting.Load() != 0 && s.queue.Buffered() > 0
+	return info.Reset || info.Finished && info.Unread == 0 && l.unpassed.Load() == 0 && !lastWord
 }
 
 // stalled reports whether a write to l has gone on for limit without the peer's
@@ -168,47 +244,4 @@ func (s *Session) stalled(l *leg, now, limit time.Duration) bool {
 		l.acked, l.progressed = info.Acked, now
 	}
 	return now-max(since, l.progressed) >= limit
-}
-
-// heartbeat leaves a ping with l when one is due and reports whether the peer is
-// dead: silent for PingTimeout after a ping, all of that while it was being
-// read. Session.mu is held.
-func (s *Session) heartbeat(l *leg, now, reading time.Duration, set Settings) (dead bool, next time.Duration) {
-	if set.PingInterval <= 0 {
-		l.nextPing = 0
-		return false, now + dormant
-	}
-	if l.nextPing == 0 {
-		l.nextPing = now + s.sooner(set.PingInterval)
-	}
-	next = now + dormant
-	if s.unanswered(l) {
-		pinged := time.Duration(l.pingDone.Load())
-		if reading == 0 {
-			next = now + activePeriod // suspended
-		} else if by := max(pinged, reading) + set.PingTimeout; now >= by {
-			return true, now
-		} else {
-			next = by
-		}
-	}
-	// A shorter interval after a reload counts at once.
-	l.nextPing = min(l.nextPing, now+s.sooner(set.PingInterval))
-	if now >= l.nextPing {
-		if reading == 0 || l.writing.Load() != 0 {
-			return false, min(next, now+activePeriod) // it would have to wait behind data
-		}
-		l.nextPing = now + s.sooner(set.PingInterval)
-		l.wantPing = true
-		l.work.Store(true)
-		s.other(l).wake()
-		next = min(next, now+activePeriod) // has it been written?
-	}
-	return false, min(next, l.nextPing)
-}
-
-// unanswered reports whether nothing has come from l since the oldest ping that
-// has to be answered.
-func (s *Session) unanswered(l *leg) bool {
-	return l.pingDone.Load() != 0 && l.pingBegan.Load() > l.lastRead.Load()
 }

@@ -10,11 +10,14 @@ import (
 // The close codes that the session sends of its own (RFC 6455 §7.4.1 and the
 // IANA registry).
 const (
-	codeNone           = 0 // no close frame: the peer is gone, or gets the other's
-	codeGoingAway      = 1001
-	codeProtocolError  = 1002
-	codeServiceRestart = 1012
-	codeBadGateway     = 1014
+	codeNone            = 0 // no close frame: the peer is gone, or gets the other's
+	codeGoingAway       = 1001
+	codeProtocolError   = 1002
+	codePolicyViolation = 1008
+	codeInternalError   = 1011
+	codeServiceRestart  = 1012
+	codeTryAgainLater   = 1013
+	codeBadGateway      = 1014
 )
 
 // farewell is what the peers get when a session ends for a reason.
@@ -36,6 +39,12 @@ var farewells = map[registry.Reason]farewell{
 	registry.Orphan:         {codeGoingAway, codeGoingAway, "route removed"},
 	registry.PingTimeout:    {codeGoingAway, codeGoingAway, "ping timeout"},
 	registry.WriteTimeout:   {codeGoingAway, codeGoingAway, "write timeout"},
+	registry.ResumeTimeout:  {codeTryAgainLater, codeNone, "no backend available"},
+	registry.Overflow:       {codeTryAgainLater, codeNone, "too many messages while no backend is available"},
+	registry.InDoubt:        {codeServiceRestart, codeNone, "delivery of a message is in doubt"},
+	registry.Torn:           {codeServiceRestart, codeNone, "a message was cut off"},
+	registry.Refused:        {codePolicyViolation, codeNone, "refused by the backend"},
+	registry.Poison:         {codeInternalError, codeNone, "a message breaks the backends"},
 	registry.Shutdown:       {codeServiceRestart, codeGoingAway, "server shutting down"},
 	registry.Admin:          {codeGoingAway, codeGoingAway, ""},
 }
@@ -75,43 +84,45 @@ func (s *Session) End(e registry.Ending) {
 	s.closing = true
 	by := s.rec.Deadline()
 	s.closingBy = s.now() + time.Until(by)
-	s.client().leaveClose(f.client, f.text)
-	s.backend().leaveClose(f.backend, "")
+	s.search.cancel()
+	s.search.halt = false
+	b := s.backend()
+	s.client.leaveClose(f.client, f.text)
+	b.leaveClose(f.backend, "")
 	var lost *leg
 	switch e.Reason {
 	case registry.ClientGone:
-		lost = s.client()
+		lost = &s.client
 	case registry.BackendLost:
-		lost = s.backend()
-	default: // both are there
+		lost = b
+	default: // both are there, as far as they were
 	}
 	if lost != nil {
 		lost.gone = true
-	}
-	s.mu.Unlock()
-	if lost != nil {
 		lost.cut() // whoever writes there waits for nothing
 	}
-
-	for side := range s.legs {
-		l := &s.legs[side]
-		_ = l.conn.SetWriteDeadline(by)
-		l.wake()
-	}
-	s.lookIn(activePeriod)
+	_ = s.client.conn.SetWriteDeadline(by)
+	_ = b.conn.SetWriteDeadline(by)
+	s.wakeUplink()
+	s.wakeDownlink()
+	s.lookSoon(activePeriod)
+	s.mu.Unlock()
 }
 
 // leaveClose leaves a close frame with l. Session.mu is held.
 func (l *leg) leaveClose(code uint16, text string) {
 	if code != codeNone && !l.said {
 		l.wantClose, l.closeCode, l.closeText = true, code, text
-		l.work.Store(true)
 	}
 }
 
 // closeFrom handles a close frame of src: it is passed on as it is, unless dst
-// was told another end before or is about to be.
+// was told another end before or is about to be, or only the backend's part in the
+// session is over.
 func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
+	if src.side == backendSide && s.part(src, u) {
+		return
+	}
 	reason := registry.ClientClosed
 	if src.side == backendSide {
 		reason = registry.BackendClosed
@@ -129,7 +140,7 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	if pass {
 		s.say(dst, u.Wire)
 	}
-	s.settle(src)
+	s.hangUp(src)
 }
 
 // say writes the close frame of a leg, its last frame.
@@ -137,14 +148,15 @@ func (s *Session) say(l *leg, wire []byte) {
 	s.write(l, wire)
 	s.mu.Lock()
 	l.saidAt = s.now()
+	s.changed.Broadcast()
 	s.mu.Unlock()
-	s.settle(l)
+	s.hangUp(l)
 }
 
-// settle closes the client's connection as soon as both close frames have
+// hangUp closes the client's connection as soon as both close frames have
 // passed, as a server has to (RFC 6455 §7.1.1): a browser tells its page only
 // then, and should not wait for the backend.
-func (s *Session) settle(l *leg) {
+func (s *Session) hangUp(l *leg) {
 	s.mu.Lock()
 	done := l.side == clientSide && l.heard && l.saidAt != 0 && !l.gone
 	if done {
@@ -156,9 +168,15 @@ func (s *Session) settle(l *leg) {
 	}
 }
 
-// leave notes that nothing more comes from l: its stream has ended or broken.
-// Without a close frame before it, that ends the session.
-func (s *Session) leave(l *leg) {
+// leave notes that nothing more comes from l, and why: its stream has ended or
+// broken. Without a close frame before it, that ends the session, unless there may
+// be another backend.
+func (s *Session) leave(l *leg, err error) {
+	if l.side == backendSide {
+		if s.lose(l, s.proof(l, err)) {
+			return
+		}
+	}
 	s.mu.Lock()
 	l.gone = true
 	s.mu.Unlock()
@@ -194,15 +212,18 @@ func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool
 	if now >= s.closingBy {
 		return dormant, true
 	}
-	for side := range s.legs {
-		l := &s.legs[side]
+	for _, l := range [...]*leg{&s.client, s.backend()} {
 		silence := now - max(l.saidAt, time.Duration(l.lastRead.Load()))
 		if l.gone || l.saidAt == 0 || silence < answerTimeout {
 			continue
 		}
 		if info, known := l.ask(); !known || info.Unsent == 0 || info.Reset {
 			l.gone = true
-			l.wake()
+			if l.side == clientSide {
+				s.wakeUplink() // which reads it
+			} else {
+				s.wakeDownlink()
+			}
 		}
 	}
 	return min(closingPeriod, s.closingBy-now), false

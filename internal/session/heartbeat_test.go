@@ -39,7 +39,7 @@ func TestAPingComesOnEachLegEvery27To30Seconds(t *testing.T) {
 				t.Errorf("%s: got %d pings in a day, want 2880 to 3200", who, n)
 			}
 			for _, f := range p.received() {
-				if f.head.OpCode != ws.OpPing || string(f.payload) != string(r.session.nonce[:]) || f.head.Masked == p.masked {
+				if f.head.OpCode != ws.OpPing || !r.session.own.has(f.payload) || f.head.Masked == p.masked {
 					t.Fatalf("%s: got %v %x, want our pings and nothing else, masked for the backend", who, f.head, f.payload)
 				}
 			}
@@ -155,7 +155,7 @@ func TestAClientThatAnswersWithinThePingTimeoutLives(t *testing.T) {
 		// The client answers every ping 29 seconds late.
 		for range 100 {
 			r.pass(28900 * time.Millisecond)
-			r.client.send(r.client.frame(true, 0, ws.OpPong, r.session.nonce[:]))
+			r.client.send(r.client.frame(true, 0, ws.OpPong, r.ownPing()))
 		}
 		if !r.live() {
 			t.Errorf("got the end (%s) after %v, want it alive", r.rec.Ending().Reason, r.lasting)
@@ -347,5 +347,16 @@ func TestPingsFromBeforeTheFirstAnswerDoNotCount(t *testing.T) {
 		if got := r.rec.Ending().Reason; got != registry.BackendLost {
 			t.Errorf("got reason %q, want it lost after a ping without an answer", got)
 		}
+	})
+}
+
+func TestAHeartbeatIsNotPutOffByTheLastOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := prepare(t, registry.New(), setup{settings: defaults})
+		r.session.jitter = 0
+		r.open()
+		go r.run()
+		r.pass(day)
+		wantGaps(t, "backend", r.began, r.backend.pings(), 27*time.Second, 30*time.Second)
 	})
 }

@@ -6,10 +6,11 @@ import (
 	"time"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
 
-// The two sides of a session, as indexes of its legs.
+// The two sides of a session.
 const (
 	clientSide = iota
 	backendSide
@@ -20,19 +21,21 @@ var past = time.Unix(1, 0)
 
 // leg is one peer's connection. Times are on the session's clock; 0 is never.
 type leg struct {
-	side uint8
-	conn Conn
+	side     uint8
+	conn     Conn
+	upstream *registry.Upstream // a backend's
 
 	in frame.Reader // used by the pump that reads the leg
 
 	// Written by the pumps, read by the clock.
 	reading   atomic.Int64 // since when the leg is being read without a break
+	waiting   atomic.Int64 // since when its reader waits for something else
 	lastRead  atomic.Int64 // when the last byte came
 	writing   atomic.Int64 // when the Write in progress began
+	slow      atomic.Int64 // when the last Write ended that had to wait for the peer
 	unpassed  atomic.Int64 // bytes read, and not yet part of the Write in progress
 	pingBegan atomic.Int64 // when writing the oldest unanswered ping began …
 	pingDone  atomic.Int64 // … and when it had been written
-	work      atomic.Bool  // something is left in what follows
 
 	// Left with the leg for the pump that writes it; guarded by Session.mu.
 	wantPing  bool
@@ -48,18 +51,34 @@ type leg struct {
 	broken time.Duration // since when writes fail
 	gone   bool          // nothing more is read from or written to it
 
-	// Used by the clock alone; guarded by Session.mu.
-	nextPing   time.Duration // 0: to be planned
+	// How a backend was lost; guarded by Session.mu.
+	parting time.Duration // since when it is being left in good order
+	lost    bool
+	settled bool   // accounts are settled: another leg may take over
+	cause   uint16 // the close code it gave, or was given
+	proven  bool   // it has read everything that was written
+
+	// What acknowledges messages; guarded by Session.mu.
+	pinged     time.Duration // when the first ping of the session's own was sent
+	lastPing   time.Duration // … and the last one …
+	pingMark   uint64        // … with what it acknowledges
+	drained    time.Duration // when its kernel was seen to have acknowledged …
+	drainMark  uint64        // … everything up to here
+	nextPing   time.Duration // when a heartbeat is due; 0: to be planned
+	began      time.Duration // when the leg took over
 	acked      uint64        // what the peer's kernel had acknowledged …
 	progressed time.Duration // … and when that number last grew
+}
+
+func (l *leg) init(side uint8, peer Peer, compressed bool) {
+	l.side, l.conn = side, peer.Conn
+	l.in.Init(side == clientSide, compressed)
+	l.in.Preload(peer.Early)
 }
 
 // writable reports whether anything may still be written: the peer is there and
 // was not told the end. Session.mu is held.
 func (l *leg) writable() bool { return !l.said && !l.gone && l.broken == 0 }
-
-// wake makes the pump that reads l, and writes the other leg, look for work.
-func (l *leg) wake() { _ = l.conn.SetReadDeadline(past) }
 
 // close ends the leg in good order.
 func (l *leg) close() {

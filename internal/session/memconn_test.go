@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
 
 // defaultBuffer is how many bytes a memConn takes that its peer has not read.
@@ -39,9 +41,15 @@ type stream struct {
 	n       int    // bytes in ring
 	fin     bool
 	left    bool // the reader has closed: nobody takes what is written
+	refused bool // … and has said so, with a reset
+	aborted bool // the writer has reset the connection after what it had written
 	reset   bool
 	readBy  deadline
 	writeBy deadline
+
+	written uint64  // bytes ever taken
+	waiting int     // bytes of Writes that wait for room
+	log     *[]byte // all bytes that Writes got rid of, if not nil
 }
 
 func newStream(buffer int) *stream {
@@ -66,6 +74,8 @@ func (c *memConn) Read(p []byte) (int, error) {
 			return 0, syscall.ECONNRESET
 		case s.n > 0:
 			return s.take(p), nil
+		case s.aborted:
+			return 0, syscall.ECONNRESET
 		case s.fin:
 			return 0, io.EOF
 		}
@@ -73,7 +83,8 @@ func (c *memConn) Read(p []byte) (int, error) {
 	}
 }
 
-// Write blocks until the buffer has taken all of p.
+// Write blocks until the buffer has taken all of p. The first one after the peer
+// has closed goes out, and is answered with a reset.
 func (c *memConn) Write(p []byte) (n int, err error) {
 	s := c.out
 	s.mu.Lock()
@@ -86,22 +97,54 @@ func (c *memConn) Write(p []byte) (n int, err error) {
 			return n, os.ErrDeadlineExceeded
 		case s.reset:
 			return n, syscall.ECONNRESET
-		case s.left:
+		case s.left && (s.refused || n > 0):
 			return n, syscall.EPIPE
+		case s.left:
+			s.refused = true
+			s.note(p)
+			return len(p), nil
 		}
 		n += s.put(p[n:])
 		if n == len(p) {
 			return n, nil
 		}
+		s.waiting += len(p) - n
 		s.changed.Wait()
+		s.waiting -= len(p) - n
 	}
 }
 
-// Close ends both directions. What was written before is still delivered.
+// Close ends both directions. What was written before is still delivered. If
+// there is something that was not read, the peer finds a reset after that, and no
+// end (RFC 1122 §4.2.2.13), as from Linux.
 func (c *memConn) Close() error {
-	c.in.update(func() { c.in.left = true })
+	unread := false
+	c.in.update(func() {
+		unread = !c.in.left && c.in.n > 0
+		c.in.left = true
+		c.in.refused = c.in.refused || unread
+	})
+	c.out.update(func() { c.out.aborted = c.out.aborted || unread && !c.out.fin })
 	return c.CloseWrite()
 }
+
+// SockInfo tells what sock.Ask tells of a socket.
+func (c *memConn) SockInfo() (info sock.Info, ok bool) {
+	c.in.mu.Lock()
+	info.Reset = c.in.reset || c.in.aborted
+	info.Finished = info.Reset || c.in.fin
+	info.Unread = c.in.n
+	c.in.mu.Unlock()
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	info.Reset = info.Reset || c.out.refused
+	info.Unsent = c.out.waiting
+	info.Acked = c.out.written
+	return info, true
+}
+
+// blind is a connection of which nothing is known, like a stream of HTTP/2.
+type blind struct{ Conn }
 
 // CloseWrite sends a FIN after what was written.
 func (c *memConn) CloseWrite() error {
@@ -110,7 +153,7 @@ func (c *memConn) CloseWrite() error {
 }
 
 // CloseRead refuses what comes from now on; the other direction stays.
-func (c *memConn) CloseRead() { c.in.update(func() { c.in.left = true }) }
+func (c *memConn) CloseRead() { c.in.update(func() { c.in.left, c.in.refused = true, true }) }
 
 // Reset breaks the connection for both ends. What was not read is lost.
 func (c *memConn) Reset() {
@@ -173,9 +216,18 @@ func (s *stream) put(p []byte) (n int) {
 		n += m
 	}
 	if n > 0 {
+		s.written += uint64(n)
+		s.note(p[:n])
 		s.changed.Broadcast()
 	}
 	return n
+}
+
+// note keeps what a Write has got rid of. mu is held.
+func (s *stream) note(p []byte) {
+	if s.log != nil {
+		*s.log = append(*s.log, p...)
+	}
 }
 
 func (s *stream) update(change func()) {
@@ -271,9 +323,47 @@ func TestMemConnKeepsTheContractOfConn(t *testing.T) {
 					t.Errorf("got %v, want closed", err)
 				}
 			}
+			write(t, b, "answered with a reset")
 			if _, err := b.Write([]byte("x")); err != syscall.EPIPE {
 				t.Errorf("got %v, want a broken pipe", err)
 			}
+		},
+		"who closes and leaves something unread resets": func(t *testing.T, a, b *memConn) {
+			write(t, b, "unread")
+			write(t, a, "before")
+			_ = a.Close()
+			if _, err := b.Write([]byte("x")); err != syscall.EPIPE {
+				t.Errorf("got %v, want a broken pipe", err)
+			}
+			wantRead(t, b, "before", nil)
+			wantRead(t, b, "", syscall.ECONNRESET)
+		},
+		"what is known of it is known": func(t *testing.T, a, b *memConn) {
+			wantInfo(t, a, sock.Info{})
+			write(t, a, "twelve bytes")
+			wantInfo(t, a, sock.Info{Acked: 12})
+			wantInfo(t, b, sock.Info{Unread: 12})
+			go func() { _, _ = a.Write(make([]byte, 20)) }()
+			synctest.Wait()
+			wantInfo(t, a, sock.Info{Acked: 16, Unsent: 16})
+			for range 2 {
+				_, _ = b.Read(make([]byte, 16))
+				synctest.Wait()
+			}
+			wantInfo(t, a, sock.Info{Acked: 32})
+			_ = b.CloseWrite()
+			wantInfo(t, a, sock.Info{Acked: 32, Finished: true})
+		},
+		"a reset is known": func(t *testing.T, a, b *memConn) {
+			b.Reset()
+			wantInfo(t, a, sock.Info{Finished: true, Reset: true})
+		},
+		"an end that refuses what comes is a reset when something comes": func(t *testing.T, a, b *memConn) {
+			_ = b.Close()
+			wantInfo(t, a, sock.Info{Finished: true})
+			write(t, a, "late")
+			wantInfo(t, a, sock.Info{Finished: true, Reset: true})
+			wantRead(t, a, "", io.EOF)
 		},
 	}
 	for rule, check := range rules {
@@ -302,4 +392,14 @@ func wantRead(t *testing.T, c *memConn, want string, wantErr error) {
 	}
 }
 
-var _ Conn = (*memConn)(nil)
+func wantInfo(t *testing.T, c *memConn, want sock.Info) {
+	t.Helper()
+	if got, ok := sock.Ask(c); got != want || !ok {
+		t.Errorf("got %+v, known %v, want %+v", got, ok, want)
+	}
+}
+
+var (
+	_ Conn       = (*memConn)(nil)
+	_ sock.Asker = (*memConn)(nil)
+)

@@ -340,7 +340,7 @@ func (l *life) tokens(wire []byte, own ws.OpCode) (all []token) {
 			ws.Cipher(payload, head.Mask, 0)
 		}
 		whole := len(payload) == int(head.Length)
-		if head.OpCode.IsControl() && (!whole || head.OpCode == own && string(payload) == string(l.session.nonce[:])) {
+		if head.OpCode.IsControl() && (!whole || head.OpCode == own && l.session.own.has(payload)) {
 			continue
 		}
 		if head.OpCode != ws.OpContinuation {

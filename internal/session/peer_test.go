@@ -22,6 +22,8 @@ type manners struct {
 	stalled bool          // does not read
 	chunk   int           // reads that many bytes at most …
 	every   time.Duration // … and then waits so long
+	dies    func(p *peer) // what it does when …
+	after   int           // … it has read so many bytes; not 0
 }
 
 // got is a frame that arrived.
@@ -36,7 +38,13 @@ type got struct {
 type peer struct {
 	conn   *memConn
 	masked bool // it is a client
-	tasks  sync.WaitGroup
+
+	// A backend's.
+	upstream string
+	told     Interruption
+	attempt  int
+
+	tasks sync.WaitGroup
 
 	mu        sync.Mutex // guards what follows
 	changed   sync.Cond
@@ -81,9 +89,16 @@ func (p *peer) read() {
 		if is.chunk > 0 {
 			chunk = buf[:is.chunk]
 		}
-		n, err := p.conn.Read(chunk)
+		if is.dies != nil {
+			chunk = chunk[:max(0, min(len(chunk), is.after-len(p.raw)))]
+		}
+		n, err := p.conn.Read(chunk) // none of no bytes waits as well
 		if n > 0 {
 			p.note(chunk[:n])
+		}
+		if is.dies != nil && len(p.raw) >= is.after {
+			is.dies(p)
+			return
 		}
 		if err != nil && !p.resumes() {
 			p.ended(err)
@@ -254,6 +269,15 @@ func (p *peer) sendInPieces(wire []byte, size int, pause time.Duration) {
 	p.changed.Broadcast()
 }
 
+// sendEarly returns the frames that go with the handshake, and writes the others.
+func (p *peer) sendEarly(early, later [][]byte) []byte {
+	p.mu.Lock()
+	p.sent = bytes.Join(early, nil)
+	p.mu.Unlock()
+	p.send(later...)
+	return bytes.Join(early, nil)
+}
+
 // send writes bytes, after what was sent before.
 func (p *peer) send(wires ...[]byte) {
 	p.mu.Lock()
@@ -368,6 +392,15 @@ func (p *peer) pings() (at []time.Time) {
 	}
 	return at
 }
+
+// exit closes the connection as the end of a process does.
+func (p *peer) exit() { _ = p.conn.Close() }
+
+// crash breaks the connection: what was on its way is lost.
+func (p *peer) crash() { p.conn.Reset() }
+
+// deaths are the ways of a backend to break a connection.
+var deaths = map[string]func(p *peer){"exits": (*peer).exit, "crashes": (*peer).crash}
 
 // messages returns the complete messages that arrived, and how many frames they took.
 func (p *peer) messages() (all []string, frames int) {

@@ -1,7 +1,11 @@
+// This file holds what both pumps share: reading a leg, batches, writing a leg,
+// and the work that is left with it.
+
 package session
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"time"
@@ -9,85 +13,32 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
-	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 )
 
 // errHeardClose stops a pump's forwarding: the source's close frame was its last.
 var errHeardClose = errors.New("close frame received")
 
-// pump forwards the frames of src to dst, and does the work that is left with
-// dst, until src has nothing more to say. It is the only reader of src and the
-// only writer of dst.
-func (s *Session) pump(src, dst *leg, way registry.Direction) {
-	garbled := false // the bytes of src are no frames any more
-	for {
-		if garbled {
-			src.in.Release()
-		} else if err := s.forward(src, dst, way); err != nil {
-			garbled = true
-			if err != errHeardClose {
-				s.rec.Close(registry.Ending{Reason: offended(src)})
-			}
-		}
-		if dst.work.Load() {
-			s.serve(dst)
-		}
-		if s.finishedWith(src) {
-			break
-		}
-		switch err := s.fill(src); {
-		case err == nil:
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			// Somebody left work. The deadline is lifted before the work is looked
-			// for, and set after it was left: none is missed.
-			_ = src.conn.SetReadDeadline(time.Time{})
-		default:
-			s.leave(src)
-		}
-	}
-	s.tellLast(src, dst)
-	src.in.Release()
-}
-
-// fill reads what src has, and keeps the times by which the clock judges it.
+// fill reads what src has, keeps the times by which the clock judges it, and
+// returns why nothing more will come. A wake-up is no such reason.
 func (s *Session) fill(src *leg) error {
 	if src.reading.Load() == 0 {
 		src.reading.Store(int64(s.now()))
 	}
-	err := src.in.Fill(src.conn)
-	if err == nil {
+	switch err := src.in.Fill(src.conn); {
+	case err == nil:
 		src.reading.Store(0)
 		src.lastRead.Store(int64(s.now()))
 		if s.drowsy.Load() {
 			s.rouse()
 		}
-	}
-	return err
-}
-
-// forward passes on all units that src has ready. Frames that lie side by side
-// are written at once.
-func (s *Session) forward(src, dst *leg, way registry.Direction) error {
-	var b batch
-	for {
-		u, err := src.in.Next()
-		if err != nil || u == nil {
-			s.flush(src, dst, way, &b, nil)
-			return err
-		}
-		switch {
-		case u.Op == ws.OpClose:
-			s.flush(src, dst, way, &b, u)
-			s.closeFrom(src, dst, u)
-			return errHeardClose
-		case u.Op == ws.OpPong && s.ownPong(src, u):
-			s.flush(src, dst, way, &b, nil)
-		default:
-			if !b.add(u) {
-				s.flush(src, dst, way, &b, u)
-				b.add(u)
-			}
-		}
+		return nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		// Somebody left work. The deadline is lifted before the work is looked
+		// for, and set after it was left: none is missed.
+		_ = src.conn.SetReadDeadline(time.Time{})
+		return nil
+	default:
+		return err
 	}
 }
 
@@ -119,63 +70,41 @@ func (b *batch) add(u *frame.Unit) bool {
 	return true
 }
 
-// flush writes the batch, counts it, and empties it. After dst was told the end
-// it is dropped. next is a unit that is to follow, or nil.
-func (s *Session) flush(src, dst *leg, way registry.Direction, b *batch, next *frame.Unit) {
-	if len(b.wire) > 0 {
-		unpassed := src.in.Buffered()
-		if next != nil {
-			unpassed += len(next.Wire)
-		}
-		src.unpassed.Store(int64(unpassed))
-		if s.mayWrite(dst) {
-			// Counted first, so that who sees a message finds it counted.
-			if b.frames > 0 {
-				s.rec.Count(way, b.data, b.messages)
-			}
-			s.write(dst, b.wire)
-		}
-	}
-	*b = batch{}
-}
+// slowWrite is how long a write takes that has to wait for the peer.
+const slowWrite = activePeriod / 10
 
-// mayWrite reports whether frames still go to l.
-func (s *Session) mayWrite(l *leg) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return l.writable()
-}
-
-// write writes p to l and returns whether all of it went out. An error does not
+// write writes p to l and returns how much of it went out. An error does not
 // decide about the session: the peer may have sent its reason first, and whoever
 // reads l finds that, or its end, within a second. Else the clock decides.
-func (s *Session) write(l *leg, p []byte) bool {
+func (s *Session) write(l *leg, p []byte) (n int, ok bool) {
 	began := s.now()
 	l.writing.Store(int64(began))
 	if s.drowsy.Load() {
 		s.rouse() // should it block
 	}
-	_, err := l.conn.Write(p)
-	if s.now()-began > activePeriod/2 {
-		s.other(l).reading.Store(0) // meanwhile nobody read there
+	n, err := l.conn.Write(p)
+	if now := s.now(); now-began > slowWrite {
+		l.slow.Store(int64(now))
+		if now-began > activePeriod/2 {
+			s.other(l).reading.Store(0) // meanwhile nobody read there
+		}
 	}
 	l.writing.Store(0)
 	if err == nil {
-		return true
+		return n, true
 	}
 	s.mu.Lock()
 	if l.broken == 0 {
 		l.broken = s.now()
 	}
+	s.lookSoon(activePeriod)
 	s.mu.Unlock()
-	s.lookIn(activePeriod)
-	return false
+	return n, false
 }
 
 // serve does what was left with dst.
 func (s *Session) serve(dst *leg) {
 	s.mu.Lock()
-	dst.work.Store(false)
 	ok := dst.writable()
 	ping := dst.wantPing && ok
 	dst.wantPing = false
@@ -186,34 +115,66 @@ func (s *Session) serve(dst *leg) {
 	code, text := dst.closeCode, dst.closeText
 	s.mu.Unlock()
 
-	masked := dst.side == backendSide
 	switch {
 	case ping && !bye:
-		s.ping(dst, frame.Append(nil, ws.OpPing, s.nonce[:], masked))
+		s.ping(dst)
 	case bye:
-		s.say(dst, frame.AppendClose(nil, code, text, masked))
+		s.say(dst, frame.AppendClose(nil, code, text, dst.side == backendSide))
 	}
 }
 
-// ping writes a heartbeat. While an earlier one is unanswered its times stand:
-// the peer's silence counts from there. An upstream that has never answered any
-// ping is not judged by this one.
-func (s *Session) ping(l *leg, wire []byte) {
-	judged := l.side == clientSide || s.upstream.Answers.Load()
+// ping writes a heartbeat, which for a backend asks as well what it has read.
+// While an earlier one is unanswered its times stand: the peer's silence counts
+// from there. An upstream that has never answered any ping is not judged by it.
+func (s *Session) ping(l *leg) {
+	s.mu.Lock()
+	payload := s.own.next()
+	if l.side == backendSide {
+		now := s.now()
+		if l.pinged == 0 {
+			l.pinged = now
+		}
+		l.lastPing, l.pingMark = now, s.queue.Mark()
+		l.nextPing = 0 // it is a heartbeat as well
+		if dropped := s.pings.Sent(payload, true, l.pingMark); dropped != nil {
+			s.answer(dropped)
+		}
+	}
+	s.mu.Unlock()
+	judged := l.side == clientSide || l.upstream.Answers.Load()
 	first, began := !s.unanswered(l), s.now()
-	if s.write(l, wire) && first && judged {
+	if _, ok := s.write(l, frame.Append(nil, ws.OpPing, payload, l.side == backendSide)); ok && first && judged {
 		l.pingDone.Store(int64(s.now()))
 		l.pingBegan.Store(int64(began)) // last: it makes the ping count
 	}
 }
 
-// ownPong reports whether u answers a ping of the session, and is not passed on.
-func (s *Session) ownPong(src *leg, u *frame.Unit) bool {
-	if len(u.Payload) != len(s.nonce) || !bytes.Equal(u.Unmasked(), s.nonce[:]) {
-		return false
+// ownPings are the payloads of the session's own pings: a nonce, which tells
+// them from others, and a number.
+type ownPings struct {
+	nonce [8]byte
+	last  uint64 // guarded by Session.mu
+}
+
+func (o *ownPings) next() []byte {
+	o.last++
+	return binary.BigEndian.AppendUint64(bytes.Clone(o.nonce[:]), o.last)
+}
+
+func (o *ownPings) has(payload []byte) bool {
+	return len(payload) == len(o.nonce)+8 && bytes.Equal(payload[:len(o.nonce)], o.nonce[:])
+}
+
+// mostPongs bounds the answers that wait for a client that does not read: more
+// recent pings speak for earlier ones (RFC 6455 §5.5.3).
+const mostPongs = 64
+
+// answer leaves an answer to a ping of the client with the downlink. Session.mu
+// is held.
+func (s *Session) answer(payload []byte) {
+	if len(s.pongs) == mostPongs {
+		s.pongs = s.pongs[1:]
 	}
-	if src.side == backendSide {
-		s.upstream.Answers.Store(true)
-	}
-	return true
+	s.pongs = append(s.pongs, payload)
+	s.wakeDownlink()
 }

@@ -216,11 +216,11 @@ func TestAWriteDeadlineOfTheHandshakeIsLifted(t *testing.T) {
 
 func TestOnlyPongsToOurOwnPingsAreSwallowed(t *testing.T) {
 	bothWays(t, setup{}, func(t *testing.T, r *rig, from, to *peer) {
-		nonce := r.session.nonce[:]
+		nonce := r.ownPing()
 		from.send(
 			from.text("before"),
 			from.frame(true, 0, ws.OpPong, nonce),
-			from.frame(true, 0, ws.OpPong, nonce[:7]),
+			from.frame(true, 0, ws.OpPong, nonce[:15]),
 			from.frame(true, 0, ws.OpPong, nil),
 			from.frame(false, 0, ws.OpText, []byte("in a")),
 			from.frame(true, 0, ws.OpPong, nonce),
@@ -232,7 +232,7 @@ func TestOnlyPongsToOurOwnPingsAreSwallowed(t *testing.T) {
 		for _, f := range to.received() {
 			got = append(got, string(f.payload))
 		}
-		want := []string{"before", string(nonce[:7]), "", "in a", " message", strings.Repeat(string(nonce), 2)}
+		want := []string{"before", string(nonce[:15]), "", "in a", " message", strings.Repeat(string(nonce), 2)}
 		if !slices.Equal(got, want) {
 			t.Errorf("got %q, want %q", got, want)
 		}

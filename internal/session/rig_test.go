@@ -4,6 +4,7 @@
 package session
 
 import (
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -24,6 +25,8 @@ type setup struct {
 	earlyBackend    func(p *peer) []byte
 	client, backend manners
 	answers         bool          // the upstream has answered a ping before
+	others          []string      // more upstreams
+	blind           bool          // nothing is known of the first two legs' sockets
 	endDelay        time.Duration // how late the owner is told of the end
 }
 
@@ -37,7 +40,7 @@ type rig struct {
 	session         *Session
 	client, backend *peer
 	legs            [2]*memConn
-	settings        atomic.Pointer[Settings]
+	*testRoute
 
 	began   time.Time
 	done    chan struct{}
@@ -83,6 +86,7 @@ type opening struct{}
 func (opening) End(registry.Ending) {}
 func (opening) Abort()              {}
 func (opening) Reconsider()         {}
+func (opening) Move() error         { return ErrNotMovable }
 
 // prepare makes a session that does not run yet, though it has to.
 func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
@@ -90,21 +94,25 @@ func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
 	if with.buffer == 0 {
 		with.buffer = defaultBuffer
 	}
-	r := &rig{t: t, reg: reg, began: time.Now(), done: make(chan struct{}), endDelay: with.endDelay}
-	r.settings.Store(&with.settings)
+	r := &rig{t: t, reg: reg, began: time.Now(), done: make(chan struct{}), endDelay: with.endDelay, testRoute: newTestRoute(with.settings)}
 	r.route = r.reg.Retain(registry.WebSocket, "example.com#1")
 	var far [2]*memConn
 	for side := range r.legs {
 		r.legs[side], far[side] = newMemPipe(with.buffer)
 	}
+	far[backendSide].in.log = new([]byte)
+	r.testRoute.reg, r.testRoute.buffer = r.route, with.buffer
+	r.names = append(r.names, with.others...)
 	r.client = newPeer(far[clientSide], true, with.client)
 	r.backend = newPeer(far[backendSide], false, with.backend)
+	r.backend.upstream = firstUpstream
+	r.backends, r.near = []*peer{r.backend}, r.legs[backendSide:]
 	rec, err := r.reg.Admit(r.route, registry.Info{Kind: registry.WebSocket, Client: "192.0.2.1", Protocol: "h1"}, opening{})
 	if err != nil {
 		t.Fatalf("admitting: %v", err)
 	}
 	r.rec = rec
-	r.upstream = r.route.Choose(func(func(string) int) string { return "app:80" })
+	r.upstream = r.route.Choose(func(func(string) int) string { return firstUpstream })
 	rec.Attempt(r.upstream, "10.0.0.1:80", time.Time{})
 	if with.answers {
 		r.upstream.Answers.Store(true)
@@ -115,9 +123,15 @@ func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
 		}
 		return of(p)
 	}
-	r.session = New(rec, r.upstream, func() Settings { return *r.settings.Load() },
-		Peer{Conn: r.legs[clientSide], Early: early(with.earlyClient, r.client)},
-		Peer{Conn: r.legs[backendSide], Early: early(with.earlyBackend, r.backend)}, with.compressed)
+	seen := func(c Conn) Conn {
+		if with.blind {
+			return blind{c}
+		}
+		return c
+	}
+	r.session = New(rec, r, r.upstream,
+		Peer{Conn: seen(r.legs[clientSide]), Early: early(with.earlyClient, r.client)},
+		Peer{Conn: seen(r.legs[backendSide]), Early: early(with.earlyBackend, r.backend)}, with.compressed)
 	t.Cleanup(r.finish)
 	return r
 }
@@ -146,6 +160,14 @@ func (r *rig) End(e registry.Ending) {
 
 func (r *rig) Abort()      { r.session.Abort() }
 func (r *rig) Reconsider() { r.session.Reconsider() }
+func (r *rig) Move() error { return r.session.Move() }
+
+// ownPing returns the payload of a ping of the session's own.
+func (r *rig) ownPing() []byte {
+	r.session.mu.Lock()
+	defer r.session.mu.Unlock()
+	return r.session.own.next()
+}
 
 // change gives the route other settings, as a reload does.
 func (r *rig) change(s Settings) {
@@ -227,12 +249,34 @@ func (r *rig) finish() {
 	if got := r.rec.Ending().Reason; got != r.reason {
 		r.t.Errorf("got reason %q, want the first one, %q", got, r.reason)
 	}
-	for side, leg := range r.legs {
+	for side, leg := range slices.Concat(r.legs[:clientSide+1], r.near) {
 		if !leg.closed() {
 			r.t.Errorf("got leg %d open after Run, want it closed", side)
 		}
 	}
+	for _, name := range r.names {
+		if got := r.places(name); got != 0 && r.reg.Len() == 0 {
+			r.t.Errorf("got %d places taken in the count of %s after Run, want none", got, name)
+		}
+	}
+	if got := r.session.queue.Buffered(); got != 0 {
+		r.t.Errorf("got %d bytes kept after Run, want none", got)
+	}
 	r.client.leave()
-	r.backend.leave()
+	for _, p := range r.backends {
+		p.leave()
+	}
 	r.reg.Release(r.route)
+	if got := r.reg.ReplayMemory.Used(); got != 0 && r.reg.Len() == 0 {
+		r.t.Errorf("got %d bytes of replay memory used after all, want none", got)
+	}
+}
+
+// places returns how many connections an upstream has.
+func (r *rig) places(upstream string) (n int) {
+	r.route.Choose(func(conns func(string) int) string {
+		n = conns(upstream)
+		return ""
+	})
+	return n
 }

@@ -1,28 +1,37 @@
 // Package session runs one WebSocket connection from the moment both legs are
-// up until both are closed. It knows nothing of HTTP or configs: a leg is a byte
-// stream, the settings are asked for when they are needed, and the record in the
-// registry is the one thing it shares.
+// up until nothing of it is left: over any number of backends, one after the
+// other. It knows nothing of HTTP or configs: a leg is a byte stream, the route is
+// asked for settings and for other backends, and the record in the registry is
+// the one thing it shares.
 //
-// Two goroutines, the uplink and the downlink, each read one leg and are the
-// only writers of the other, so no frame ever lands inside another and writing
+// Two goroutines, the uplink and the downlink, are the only ones that write to
+// a backend and to the client, so no frame ever lands inside another and writing
 // takes no lock. Whoever else wants something written (the clock a ping, the
 // admin API a close frame) leaves it with the leg and wakes the goroutine that
-// writes there, by a read deadline in the past.
+// writes there, by a read deadline in the past, or by Session.changed if it
+// waits for something else than bytes. A third goroutine, the seeker, exists
+// while another backend is looked for.
 //
-// Session.mu guards what is left with the legs and the phase; it is never held
-// over I/O. The clock is one timer; it only looks, decides and leaves work.
+// Session.mu guards what is left with the legs, the phase, and what is kept for
+// the next backend; it is never held over I/O. The clock is one timer; it only
+// looks, decides and leaves work.
 //
 // Invariants:
 //   - The record's Close decides that and why a session ends; End only carries
 //     it out. There is no other way to end.
+//   - A leg is one connection. A backend leg is lost once, by lose; what the lost
+//     backend had is settled once, by the uplink, which alone writes to it; only
+//     then may another leg take over.
+//   - The downlink reads a lost leg to its end before it reads the next one.
 //   - A pump leaves only when its source has nothing more to say and its
 //     destination was told the end, or is gone.
 //   - After a close frame nothing more is written to that leg.
-//   - Run returns when both pumps have left and both legs are closed; only then
-//     is the record Done.
+//   - Run returns when both pumps and the seeker have left and all legs are
+//     closed; only then is the record Done.
 package session
 
 import (
+	"context"
 	"crypto/rand"
 	"io"
 	weakrand "math/rand/v2"
@@ -31,6 +40,7 @@ import (
 	"time"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/replay"
 )
 
 // Conn is what a leg is made of: a hijacked connection, a stream of HTTP/2, an
@@ -42,16 +52,6 @@ type Conn interface {
 	SetWriteDeadline(t time.Time) error
 }
 
-// Settings are what a route says about its live sessions. Zero turns a limit off.
-type Settings struct {
-	PingInterval     time.Duration // heartbeats on each leg, up to 10 % sooner
-	PingTimeout      time.Duration // silence after a heartbeat that means dead
-	IdleTimeout      time.Duration // no data frame either way
-	FirstDataTimeout time.Duration // open, but never a data frame
-	MaxLifetime      time.Duration // up to 10 % sooner
-	WriteTimeout     time.Duration // the peer's kernel takes not one byte
-}
-
 // Peer is one side of a session to be.
 type Peer struct {
 	Conn Conn
@@ -59,40 +59,62 @@ type Peer struct {
 	Early []byte
 }
 
-// Session is one connection between a client and a backend.
+// Session is one connection between a client and its backends.
 type Session struct {
-	rec      *registry.Conn
-	upstream *registry.Upstream
-	settings func() Settings
+	rec        *registry.Conn
+	route      Route
+	compressed bool
 
-	legs   [2]leg
-	nonce  [8]byte // payload of the session's own pings
-	jitter float64 // 0 … 0.1, what lifetime and heartbeats are shortened by
+	client  leg
+	current atomic.Pointer[leg] // the backend's leg, the latest one; changed under mu
+	own     ownPings
+	jitter  float64 // 0 … 0.1, what lifetime and heartbeats are shortened by
+	tasks   sync.WaitGroup
 
 	// drowsy is set while the clock sleeps for longer than activePeriod.
 	drowsy atomic.Bool
+	// Something is left for the uplink, or for the downlink.
+	upWork, downWork atomic.Bool
 
 	mu         sync.Mutex
+	changed    sync.Cond // for pumps that wait for something else than bytes
 	timer      *time.Timer
+	reading    *leg // what the downlink reads
 	closing    bool
 	closingBy  time.Duration // on the session's clock
 	finished   bool
 	lifeBegins time.Duration
+
+	queue   replay.Queue
+	pings   replay.Pings // those on their way to the current backend
+	pongs   [][]byte     // answers to the client's pings, for the downlink
+	paused  bool         // the uplink waits for room, or for a backend
+	heldAt  time.Duration
+	inDoubt int // messages that may be repeats for the next backend
+	flaps   int // backends in a row that were lost soon
+	search  search
+
+	moveAfter time.Duration // a planned move is not tried before
 }
 
 // New makes the session of a connection whose handshakes are done. compressed
 // says that permessage-deflate is agreed. The legs are the session's from now on.
-func New(rec *registry.Conn, upstream *registry.Upstream, settings func() Settings, client, backend Peer, compressed bool) *Session {
-	s := &Session{rec: rec, upstream: upstream, settings: settings, jitter: weakrand.Float64() / 10}
-	rand.Read(s.nonce[:])
-	for side, peer := range [2]Peer{clientSide: client, backendSide: backend} {
-		l := &s.legs[side]
-		l.side, l.conn = uint8(side), peer.Conn
-		l.in.Init(side == clientSide, compressed)
-		l.in.Preload(peer.Early)
-	}
+func New(rec *registry.Conn, route Route, upstream *registry.Upstream, client, backend Peer, compressed bool) *Session {
+	s := &Session{rec: rec, route: route, compressed: compressed, jitter: weakrand.Float64() / 10}
+	s.changed.L = &s.mu
+	rand.Read(s.own.nonce[:])
+	s.queue.Init(rec.ReplayMemory())
+	s.client.init(clientSide, client, compressed)
+	s.reading = s.newBackend(upstream, backend)
+	s.current.Store(s.reading)
 	s.timer = time.AfterFunc(dormant, s.tick)
 	return s
+}
+
+func (s *Session) newBackend(upstream *registry.Upstream, peer Peer) *leg {
+	l := &leg{upstream: upstream}
+	l.init(backendSide, peer, s.compressed)
+	return l
 }
 
 // Run relays until the end and returns when nothing of the connection is left.
@@ -100,9 +122,8 @@ func New(rec *registry.Conn, upstream *registry.Upstream, settings func() Settin
 func (s *Session) Run() {
 	// Caddy may have armed one after the hijack: its flush at the end of a request
 	// does, with write_timeout. (The clock bounds an end that came before this.)
-	for side := range s.legs {
-		_ = s.legs[side].conn.SetWriteDeadline(time.Time{})
-	}
+	_ = s.client.conn.SetWriteDeadline(time.Time{})
+	_ = s.backend().conn.SetWriteDeadline(time.Time{})
 	s.mu.Lock()
 	s.lifeBegins = s.now()
 	s.mu.Unlock()
@@ -110,16 +131,9 @@ func (s *Session) Run() {
 
 	down := make(chan struct{})
 	go s.downlink(down)
-	s.pump(s.client(), s.backend(), registry.In)
+	s.uplink()
 	<-down
 	s.finish()
-}
-
-// downlink owns reading the backend and writing to the client. It ends with the
-// backend's last byte, or when the clock gives the backend up, and closes down.
-func (s *Session) downlink(down chan<- struct{}) {
-	defer close(down)
-	s.pump(s.backend(), s.client(), registry.Out)
 }
 
 // finish closes both legs and the record.
@@ -128,27 +142,39 @@ func (s *Session) finish() {
 	s.finished = true
 	s.timer.Stop()
 	s.mu.Unlock()
-	for side := range s.legs {
-		s.legs[side].close()
-	}
+	s.tasks.Wait()
+	s.client.close()
+	s.backend().close()
+	s.mu.Lock()
+	s.queue.Drop()
+	s.mu.Unlock()
 	s.rec.Done()
 }
 
-// Abort cuts both legs. The pumps find that out by themselves.
+// Abort cuts all legs. The pumps find that out by themselves.
 func (s *Session) Abort() {
-	for side := range s.legs {
-		s.legs[side].cut()
-	}
+	s.mu.Lock()
+	reading := s.reading
+	s.search.cancel()
+	s.mu.Unlock()
+	s.client.cut()
+	s.backend().cut()
+	reading.cut()
 }
 
 // Reconsider lets the clock look at the session now: the route's settings or
-// the planned end have changed.
+// what is planned have changed.
 func (s *Session) Reconsider() { s.lookIn(0) }
 
 // lookIn lets the clock look again after d.
 func (s *Session) lookIn(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.lookSoon(d)
+}
+
+// lookSoon is lookIn with Session.mu held.
+func (s *Session) lookSoon(d time.Duration) {
 	if s.closing {
 		d = min(d, closingPeriod)
 	}
@@ -157,13 +183,69 @@ func (s *Session) lookIn(d time.Duration) {
 	}
 }
 
-func (s *Session) client() *leg       { return &s.legs[clientSide] }
-func (s *Session) backend() *leg      { return &s.legs[backendSide] }
-func (s *Session) other(l *leg) *leg  { return &s.legs[1-l.side] }
+// wakeUplink makes the uplink look for work.
+func (s *Session) wakeUplink() {
+	s.upWork.Store(true)
+	_ = s.client.conn.SetReadDeadline(past)
+	s.changed.Broadcast()
+}
+
+// wakeDownlink makes the downlink look for work. Session.mu is held.
+func (s *Session) wakeDownlink() {
+	s.downWork.Store(true)
+	_ = s.reading.conn.SetReadDeadline(past)
+	s.changed.Broadcast()
+}
+
+// wakeWriter wakes the pump that writes l. Session.mu is held.
+func (s *Session) wakeWriter(l *leg) {
+	if l.side == clientSide {
+		s.wakeDownlink()
+	} else {
+		s.wakeUplink()
+	}
+}
+
+func (s *Session) backend() *leg { return s.current.Load() }
+
+// other is the leg that l's frames go to, or come from.
+func (s *Session) other(l *leg) *leg {
+	if l.side == clientSide {
+		return s.backend()
+	}
+	return &s.client
+}
+
 func (s *Session) now() time.Duration { return s.rec.Age() + 1 } // never 0
 
 // sooner shortens d by the session's share of up to 10 %, so that connections
 // that began together do not end or ping together.
 func (s *Session) sooner(d time.Duration) time.Duration {
 	return d - time.Duration(s.jitter*float64(d))
+}
+
+// search is what the seeker and the others know of each other; guarded by
+// Session.mu.
+type search struct {
+	under  bool               // a seeker exists
+	stop   context.CancelFunc // ends it
+	events chan struct{}      // wakes it while it moves the session; one is enough
+	halt   bool               // the old backend is to get no further message
+	halted bool               // … and got its last one whole
+	found  *Found             // the backend that is to take over from a live one
+}
+
+// cancel ends the seeker. Session.mu is held.
+func (q *search) cancel() {
+	if q.stop != nil {
+		q.stop()
+	}
+}
+
+// notify tells the seeker that something has changed. Session.mu is held.
+func (q *search) notify() {
+	select {
+	case q.events <- struct{}{}:
+	default: // it has not looked since the last one, or there is none
+	}
 }

@@ -26,9 +26,15 @@ type Info struct {
 	Acked uint64
 }
 
+// Asker is a connection without a socket that knows such things itself.
+type Asker interface{ SockInfo() (Info, bool) }
+
 // Ask returns what is known of the socket below conn, through TLS and other
-// wrappers, or false if nothing is.
+// wrappers, or false if nothing is. An Asker answers for itself.
 func Ask(conn any) (Info, bool) {
+	if a, ok := conn.(Asker); ok {
+		return a.SockInfo()
+	}
 	sc := Below(conn)
 	if sc == nil {
 		return Info{}, false

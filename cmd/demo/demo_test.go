@@ -28,6 +28,22 @@ const nodePackages = "../../testdata/node"
 // The whole of it as a user sees it: go build, the printed URL, a browser,
 // Ctrl-C.
 func TestPageInBrowser(t *testing.T) {
+	d := startDemo(t, buildDemo(t), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+	browse(t, d, "testdata/page.mjs")
+	d.interrupt(t)
+}
+
+// People type on while the backends that they talk to are restarted.
+func TestRestartInBrowser(t *testing.T) {
+	d := startDemo(t, testBinary(t), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+	browse(t, d, "testdata/restart.mjs")
+	d.interrupt(t)
+	d.awaitNoBackend(t) // the processes are others by now
+}
+
+// browse runs a script that drives Chromium over the demo's page.
+func browse(t *testing.T, d *demo, script string) {
+	t.Helper()
 	node, err := exec.LookPath("node")
 	if err != nil {
 		t.Fatalf("this test needs Node.js: %v", err)
@@ -51,14 +67,15 @@ func TestPageInBrowser(t *testing.T) {
 		screenshots = t.TempDir()
 	}
 
-	d := startDemo(t, buildDemo(t), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	drive := exec.CommandContext(ctx, node, "testdata/page.mjs", d.url, packages, screenshots, browser)
-	if out, err := drive.CombinedOutput(); err != nil {
+	drive := exec.CommandContext(ctx, node, script, d.url, packages, screenshots, browser)
+	out, err := drive.CombinedOutput()
+	if err != nil {
 		t.Errorf("driving the page: %v\n%s", err, out)
+	} else if len(out) > 0 {
+		t.Logf("%s", out)
 	}
-	d.interrupt(t)
 }
 
 func TestRegistryIsReadOnlyFromOutside(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
+	"sync"
 	"time"
 )
 
@@ -22,11 +24,23 @@ var page []byte
 const pagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; " +
 	"img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
+// downtime is how long a backend that the page restarts stays away: long enough
+// to see what becomes of the connections meanwhile.
+const downtime = 2 * time.Second
+
 type front struct {
 	children []*child
 	listener net.Listener
 	server   *http.Server
 	done     chan struct{} // closed by serve
+
+	// Cancelled by stop: a backend that is down then stays down.
+	stopping context.Context
+	cancel   context.CancelFunc
+
+	mu         sync.Mutex // protects restarting, and orders restarts.Add before Wait
+	restarting map[*child]bool
+	restarts   sync.WaitGroup
 }
 
 // startFront serves on a free port until stop.
@@ -35,10 +49,12 @@ func startFront(children ...*child) (*front, error) {
 	if err != nil {
 		return nil, fmt.Errorf("serving the page: %w", err)
 	}
-	f := &front{children: children, listener: ln, done: make(chan struct{})}
+	f := &front{children: children, listener: ln, done: make(chan struct{}), restarting: make(map[*child]bool)}
+	f.stopping, f.cancel = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", f.servePage)
 	mux.HandleFunc("GET /backends", f.serveBackends)
+	mux.Handle("POST /restart/{name}", http.NewCrossOriginProtection().Handler(http.HandlerFunc(f.serveRestart)))
 	f.server = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go f.serve()
 	return f, nil
@@ -52,13 +68,18 @@ func (f *front) serve() {
 	}
 }
 
+// stop returns when no request is served and no backend restarted any more.
 func (f *front) stop() {
+	f.mu.Lock()
+	f.cancel()
+	f.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	if f.server.Shutdown(ctx) != nil {
 		_ = f.server.Close()
 	}
 	<-f.done
+	f.restarts.Wait()
 }
 
 func (f *front) address() string {
@@ -86,4 +107,66 @@ func (f *front) serveBackends(w http.ResponseWriter, _ *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(list)
+}
+
+// serveRestart restarts a backend: how=kill gives it no chance to say goodbye,
+// with how=stop it closes its WebSockets first. It answers when the backend is
+// back, and brings it back also when the one who asked has left.
+func (f *front) serveRestart(w http.ResponseWriter, r *http.Request) {
+	i := slices.IndexFunc(f.children, func(c *child) bool { return c.name == r.PathValue("name") })
+	if i < 0 {
+		http.Error(w, "there is no such backend", http.StatusNotFound)
+		return
+	}
+	c := f.children[i]
+	var end func()
+	switch how := r.URL.Query().Get("how"); how {
+	case "kill":
+		end = c.kill
+	case "stop":
+		end = c.stop
+	default:
+		http.Error(w, fmt.Sprintf("how must be kill or stop: %q", how), http.StatusBadRequest)
+		return
+	}
+	if status, err := f.restart(c, end); err != nil {
+		http.Error(w, err.Error(), status)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// restart returns an error with the HTTP status that suits it.
+func (f *front) restart(c *child, end func()) (status int, err error) {
+	f.mu.Lock()
+	switch {
+	case f.stopping.Err() != nil:
+		f.mu.Unlock()
+		return http.StatusServiceUnavailable, errors.New("the demo is stopping")
+	case f.restarting[c]:
+		f.mu.Unlock()
+		return http.StatusConflict, fmt.Errorf("backend %s is being restarted already", c.name)
+	}
+	f.restarting[c] = true
+	f.restarts.Add(1)
+	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		delete(f.restarting, c)
+		f.mu.Unlock()
+		f.restarts.Done()
+	}()
+
+	end()
+	_ = c.wait() // how it ended is as was asked
+	select {
+	case <-time.After(downtime):
+	case <-f.stopping.Done():
+		return http.StatusServiceUnavailable, errors.New("the demo is stopping")
+	}
+	if err := c.start(); err != nil {
+		return http.StatusInternalServerError, err
+	}
+	fmt.Fprintf(os.Stderr, "backend %s is back, process %d\n", c.name, c.pid())
+	return http.StatusNoContent, nil
 }

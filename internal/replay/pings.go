@@ -2,7 +2,10 @@
 
 package replay
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 // maxPings bounds the pings that wait. A client decides how many it sends.
 const maxPings = 64
@@ -30,17 +33,19 @@ type Match struct {
 }
 
 // Sent adds a ping that is about to be written, at position pos of the client's
-// data. If that makes the oldest one leave and it was the client's, its payload
-// is returned, not nil even if empty: it is to be answered by the proxy.
-func (p *Pings) Sent(payload []byte, own bool, pos uint64) (dropped []byte) {
+// data. It returns false if there is no room: the ping is not to be written, and
+// one of the client's to be answered by the proxy. An own one takes the place of
+// the oldest own one.
+func (p *Pings) Sent(payload []byte, own bool, pos uint64) bool {
 	if len(p.waiting) == maxPings {
-		if oldest := p.waiting[0]; !oldest.own {
-			dropped = oldest.payload
+		oldest := slices.IndexFunc(p.waiting, func(sent ping) bool { return sent.own })
+		if !own || oldest < 0 {
+			return false
 		}
-		p.remove(1)
+		p.waiting = slices.Delete(p.waiting, oldest, oldest+1)
 	}
 	p.waiting = append(p.waiting, ping{append([]byte{}, payload...), own, pos})
-	return dropped
+	return true
 }
 
 // Pong finds the oldest ping with that payload. It and all before it leave the

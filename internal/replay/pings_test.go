@@ -32,8 +32,8 @@ func TestPongs(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			var p Pings
 			for i, s := range test.sent {
-				if dropped := p.Sent([]byte(s), len(s) > 4, uint64(10*(i+1))); dropped != nil {
-					t.Fatalf("got %q dropped", dropped)
+				if !p.Sent([]byte(s), len(s) > 4, uint64(10*(i+1))) {
+					t.Fatalf("got no room for ping %d", i)
 				}
 			}
 			if got := p.Pong([]byte(test.pong)); !reflect.DeepEqual(got, test.want) {
@@ -63,29 +63,35 @@ func TestSamePayloadTwiceIsAnsweredTwice(t *testing.T) {
 	}
 }
 
-func TestTheOldestPingMakesRoom(t *testing.T) {
+func TestOnlyAnOwnPingMakesRoomForAnother(t *testing.T) {
 	var p Pings
 	p.Sent(nil, false, 0)
 	p.Sent([]byte("own"), true, 1)
-	for i := 2; i < 64; i++ {
-		if dropped := p.Sent(fmt.Appendf(nil, "%d", i), false, uint64(i)); dropped != nil {
-			t.Fatalf("got %q dropped as ping %d", dropped, i)
+	for i := 2; i < maxPings; i++ {
+		if !p.Sent(fmt.Appendf(nil, "%d", i), false, uint64(i)) {
+			t.Fatalf("got no room for ping %d", i)
 		}
 	}
-	if dropped := p.Sent([]byte("64"), false, 64); dropped == nil || len(dropped) != 0 {
-		t.Errorf("got %#v dropped, want an empty payload", dropped)
+	if p.Sent([]byte("64"), false, 64) {
+		t.Error("got room for another ping of the client, want it answered by the proxy")
 	}
-	if dropped := p.Sent([]byte("65"), false, 65); dropped != nil {
-		t.Errorf("got %q dropped, want nothing to be answered: it was our own", dropped)
+	if !p.Sent([]byte("next"), true, 65) {
+		t.Error("got no room for an own ping in place of the own one")
 	}
-	if dropped := p.Sent([]byte("66"), true, 66); string(dropped) != "2" {
-		t.Errorf("got %q dropped, want 2", dropped)
-	}
-	if len(p.waiting) != 64 || p.Unanswered() != 1 {
-		t.Errorf("got %d waiting, %d own, want 64, 1", len(p.waiting), p.Unanswered())
+	if len(p.waiting) != maxPings || p.Unanswered() != 1 {
+		t.Errorf("got %d waiting, %d own, want %d, 1", len(p.waiting), p.Unanswered(), maxPings)
 	}
 	if m := p.Pong([]byte("own")); m.Known {
 		t.Error("got a match of a ping that made room")
+	}
+	if m := p.Pong([]byte("next")); !m.Known || len(m.Skipped) != maxPings-1 {
+		t.Errorf("got %+v, want the new one, and all of the client's before it", m)
+	}
+	for i := range maxPings {
+		p.Sent(fmt.Appendf(nil, "%d", i), false, uint64(i))
+	}
+	if p.Sent([]byte("own"), true, 1) {
+		t.Error("got room among pings of the client only, want none")
 	}
 }
 

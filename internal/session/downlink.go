@@ -16,16 +16,19 @@ import (
 // closes down.
 func (s *Session) downlink(down chan<- struct{}) {
 	defer close(down)
-	l := s.backend()
-	for l != nil {
-		s.pumpDown(l)
-		l = s.next(l)
+	for l := s.backend(); l != nil; l = s.next(l) {
+		if !s.pumpDown(l) {
+			// The client has the beginning of a message whose end will never come.
+			s.rec.Close(registry.Ending{Reason: registry.Torn})
+			break
+		}
 	}
 	s.tellLast(s.backend(), &s.client)
 }
 
-// pumpDown forwards what a backend sends until nothing more comes.
-func (s *Session) pumpDown(l *leg) {
+// pumpDown forwards what a backend sends until nothing more comes. It returns
+// false if that ended inside a message.
+func (s *Session) pumpDown(l *leg) (whole bool) {
 	garbled := false // the bytes of the backend are no frames any more
 	for {
 		if garbled {
@@ -44,11 +47,8 @@ func (s *Session) pumpDown(l *leg) {
 			s.leave(l, err)
 		}
 	}
-	if l.in.MidMessage() {
-		// The client has the beginning of a message whose end will never come.
-		s.rec.Close(registry.Ending{Reason: registry.Torn})
-	}
 	l.in.Release()
+	return !l.in.MidMessage()
 }
 
 // next waits for the leg that takes over from old, and closes that. It returns

@@ -125,7 +125,11 @@ func (s *Session) settle(l *leg) {
 	if s.search.found != nil {
 		limit = 0 // it is left, it did not break
 	}
+	doubt := set.ResumeTimeout <= 0 && set.keeps() && s.queue.Outstanding() // left in a move, and nothing was kept
 	verdict, replayed := s.queue.Lost(set.mode(), limit)
+	if doubt {
+		verdict = replay.InDoubt
+	}
 	s.inDoubt = replayed
 	s.rec.SetBuffered(s.queue.Buffered())
 	for _, ping := range s.pings.Lost() {

@@ -135,9 +135,10 @@ func (s *Session) ping(l *leg) {
 			l.pinged = now
 		}
 		l.lastPing, l.pingMark = now, s.queue.Mark()
-		l.nextPing = 0 // it is a heartbeat as well
-		if dropped := s.pings.Sent(payload, true, l.pingMark); dropped != nil {
-			s.answer(dropped)
+		l.nextPing = now + s.sooner(s.route.Settings().PingInterval) // it is a heartbeat as well
+		if !s.pings.Sent(payload, true, l.pingMark) {
+			s.mu.Unlock()
+			return // the backend has more pings of the client's to answer than it can
 		}
 	}
 	s.mu.Unlock()

@@ -85,6 +85,7 @@ func resumeAtRandom(t *testing.T, rng *rand.Rand) *trial {
 	s.ReplayBuffer = pick[int64](rng, 300, 4<<10, 64<<10, 5<<20, 5<<20)
 	s.ReplayClose = rng.IntN(4) == 0
 	s.ResumeTimeout = pick(rng, 0, 5*time.Second, 30*time.Second, 30*time.Second, 30*time.Second)
+	l.mode = s.mode()
 	s.ResumeLimit = pick(rng, 0, 3, 3)
 	s.PingInterval = pick(rng, 0, time.Second, 30*time.Second, 30*time.Second)
 	s.PingTimeout = pick(rng, 2*time.Second, 30*time.Second)

@@ -58,11 +58,11 @@ func (s *Settings) mode() replay.Mode {
 	return s.Replay
 }
 
+// keeps reports whether every message is to arrive, or its loss to be told.
+func (s *Settings) keeps() bool { return s.Replay == replay.Unacked || s.Replay == replay.Strict }
+
 // wantsAcks reports whether it matters what a backend has read.
-func (s *Settings) wantsAcks() bool {
-	mode := s.mode()
-	return mode == replay.Unacked || mode == replay.Strict
-}
+func (s *Settings) wantsAcks() bool { return s.ResumeTimeout > 0 && s.keeps() }
 
 // Interruption is what a backend is told that takes a session over.
 type Interruption struct {

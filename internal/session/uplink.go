@@ -4,7 +4,6 @@
 package session
 
 import (
-	"bytes"
 	"io"
 
 	"github.com/gobwas/ws"
@@ -60,9 +59,9 @@ func (s *Session) attend() {
 // upstroke is what the uplink forwards at once.
 type upstroke struct {
 	batch
-	to *leg // the backend that was there when it began; nil: there was none
-	// kept: the queue has it, else it is written now or never.
-	kept bool
+	to   *leg // the backend that was there when it began; nil: there was none
+	kept bool // the queue has it; else it is written now or never
+	late bool // the session ends: the queue knows nothing of it
 }
 
 // forwardUp takes all units that the client has sent.
@@ -95,6 +94,7 @@ func (s *Session) take(b *upstroke, u *frame.Unit) {
 	for {
 		s.mu.Lock()
 		to := s.receiver(b)
+		late := s.closing
 		fate := s.keep(u, to != nil)
 		overflow := fate == replay.Full && to == nil && s.overflows()
 		s.mu.Unlock()
@@ -103,11 +103,12 @@ func (s *Session) take(b *upstroke, u *frame.Unit) {
 			s.flushUp(b)
 			return
 		case fate != replay.Full:
-			if kept := fate == replay.Kept; len(b.wire) > 0 && (b.kept != kept || b.to != to) || !b.add(u) {
+			kept := fate == replay.Kept
+			if len(b.wire) > 0 && (b.kept != kept || b.late != late || b.to != to) || !b.add(u) {
 				s.flushUp(b)
 				b.add(u)
 			}
-			b.to, b.kept = to, fate == replay.Kept
+			b.to, b.kept, b.late = to, kept, late
 			return
 		case len(b.wire) > 0:
 			s.flushUp(b) // it may count as something that could be let go
@@ -180,6 +181,9 @@ func (s *Session) flushUp(b *upstroke) {
 		to = nil
 	}
 	ping := false
+	if to == nil && !b.kept && !b.late {
+		s.queue.Unsent(len(b.wire)) // for the verdict
+	}
 	if to != nil {
 		if b.kept {
 			s.queue.Sent(len(b.wire))
@@ -189,7 +193,7 @@ func (s *Session) flushUp(b *upstroke) {
 	}
 	s.mu.Unlock()
 	if to != nil {
-		s.writeUp(to, b.wire, b.kept, ping)
+		s.writeUp(to, b.wire, !b.late, ping)
 	} else if b.kept {
 		s.upWork.Store(true) // another backend may be there already
 	}
@@ -199,11 +203,11 @@ func (s *Session) flushUp(b *upstroke) {
 }
 
 // writeUp writes messages to a backend, and after them a ping that asks whether
-// they were read.
-func (s *Session) writeUp(to *leg, wire []byte, kept, ping bool) {
+// they were read. known says that the queue knows of them.
+func (s *Session) writeUp(to *leg, wire []byte, known, ping bool) {
 	n, ok := s.write(to, wire)
 	mode := s.route.Settings().mode()
-	if kept && (!ok || mode != replay.Unacked) {
+	if known && (!ok || mode != replay.Unacked) {
 		s.mu.Lock()
 		if !ok {
 			s.queue.Unsent(len(wire) - n)
@@ -251,12 +255,9 @@ func (s *Session) controlUp(u *frame.Unit) {
 	b := s.backend()
 	pass := b.writable() && !b.lost
 	if u.Op == ws.OpPing {
-		if pass {
-			if dropped := s.pings.Sent(payload, false, s.queue.Mark()); dropped != nil {
-				s.answer(dropped)
-			}
-		} else if !s.closing {
-			s.answer(bytes.Clone(payload))
+		pass = pass && s.pings.Sent(payload, false, s.queue.Mark())
+		if !pass && !s.closing {
+			s.answer(payload)
 		}
 	}
 	s.mu.Unlock()

@@ -2,37 +2,11 @@
 // reason on stderr) when the page does not do what it should.
 //
 //	node page.mjs <url of the demo> <directory of package.json> <directory for screenshots> <chromium>
-import { createRequire } from "node:module";
 import { strict as assert } from "node:assert";
 import path from "node:path";
+import { drive, screenshots, shoot, url } from "./browser.mjs";
 
-const [url, packages, screenshots, executablePath] = process.argv.slice(2);
-const { chromium } = createRequire(path.join(packages, "package.json"))("playwright-core");
-
-const browser = await chromium.launch({
-	executablePath,
-	args: ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-		"--disable-background-networking", "--disable-component-update", "--disable-sync"],
-});
-const page = await browser.newPage({ viewport: { width: 1280, height: 800 }, colorScheme: "light" });
-try {
-	await drive(page);
-} catch (error) {
-	await page.screenshot({ path: path.join(screenshots, "demo-failed.png") });
-	console.error(`the page when it failed:\n${await page.locator("body").innerText()}\n`);
-	throw error;
-} finally {
-	await browser.close();
-}
-
-async function drive(page) {
-	page.setDefaultTimeout(15_000);
-	const trouble = [];
-	page.on("pageerror", (error) => trouble.push(`script error: ${error}`));
-	page.on("console", (message) => ["error", "warning"].includes(message.type()) && trouble.push(message.text()));
-	page.on("request", (request) => /^(data:|blob:)/.test(request.url()) || request.url().startsWith(url + "/")
-		|| trouble.push(`request to the outside: ${request.url()}`));
-
+await drive(1, async ([page], trouble) => {
 	await page.goto(url + "/");
 	await page.getByRole("status").filter({ hasText: /^Connected, (alder|birch) answers$/ }).waitFor();
 	const backend = await page.locator("#backend").textContent();
@@ -49,18 +23,7 @@ async function drive(page) {
 	assert.equal(await page.locator("#subprotocol").textContent(), "holdfast-demo");
 
 	await ownRow(page, backend, /^2 \/ [3-9]/); // the greeting counts as well
-	for (const [name, width, height, colorScheme] of [
-		["demo-light", 1280, 800, "light"], ["demo-dark", 1280, 800, "dark"],
-		["demo-phone-light", 390, 844, "light"], ["demo-phone-dark", 390, 844, "dark"],
-	]) {
-		await page.setViewportSize({ width, height });
-		await page.emulateMedia({ colorScheme });
-		await page.screenshot({ path: path.join(screenshots, name + ".png"), fullPage: width < 800 });
-		const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-		assert.ok(overflow <= 0, `${name}: the page is ${overflow} pixels too wide`);
-	}
-	await page.setViewportSize({ width: 1280, height: 800 });
-	await page.emulateMedia({ colorScheme: "light" });
+	await shoot(page, "demo");
 
 	const before = await page.locator("#connection").textContent();
 	await page.evaluate(() => socket.close(4001, "enough"));
@@ -72,7 +35,7 @@ async function drive(page) {
 	assert.notEqual(await page.locator("#connection").textContent(), before, "the new connection has the old id");
 
 	assert.deepEqual(trouble, [], "the browser reported trouble");
-}
+});
 
 // The one row of the table that is marked as this page's own, and right.
 async function ownRow(page, backend, messages) {

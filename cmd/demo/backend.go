@@ -15,12 +15,15 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coder/websocket"
+	"github.com/gorilla/websocket"
 )
 
 // subprotocol is what the page offers and every backend takes, to show that
 // the proxy passes the negotiation on.
 const subprotocol = "holdfast-demo"
+
+// maxText bounds the texts of the page, in bytes.
+const maxText = 32 << 10
 
 const (
 	// A peer that does not take an answer for this long is given up.
@@ -119,53 +122,93 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.mu.Unlock()
 	defer b.sessions.Done()
 
-	conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{
-		Subprotocols:    []string{subprotocol},
-		CompressionMode: websocket.CompressionNoContextTakeover,
-	})
+	conn, err := upgrader.Upgrade(w, r, nil)
 	if err != nil {
-		return // Accept has answered
+		return // Upgrade has answered
 	}
-	defer func() { _ = conn.CloseNow() }()
+	defer conn.Close()
+	conn.SetReadLimit(maxText)
+	s := &session{backend: b.name, conn: conn}
 	// 1001 tells the proxy that this backend goes away and the session may
 	// go on elsewhere.
 	defer context.AfterFunc(b.stop, func() {
-		_ = conn.Close(websocket.StatusGoingAway, "backend "+b.name+" is stopping")
+		s.goodbye(websocket.CloseGoingAway, "backend "+b.name+" is stopping")
 	})()
 
-	b.converse(conn, hello{
+	s.converse(hello{
 		Backend:    b.name,
 		Connection: r.Header.Get("Holdfast-Connection"),
 		Resume:     r.Header.Get("Holdfast-Resume"),
 	})
 }
 
-// converse greets and then answers text by text until either side closes.
-func (b *backend) converse(conn *websocket.Conn, greeting hello) {
-	if b.send(conn, greeting) != nil {
+var upgrader = websocket.Upgrader{
+	Subprotocols:      []string{subprotocol},
+	EnableCompression: true,
+}
+
+// session is one WebSocket of a backend.
+type session struct {
+	backend string
+	conn    *websocket.Conn
+	writing sync.Mutex // held for whole messages, which may be several frames
+}
+
+// converse greets and then answers text by text until either side closes. It
+// answers each text, and each ping of the proxy's, before it reads on: what the
+// proxy takes for read is answered.
+func (s *session) converse(greeting hello) {
+	if s.send(greeting) != nil {
 		return
 	}
 	for n := 1; ; n++ {
-		kind, text, err := conn.Read(context.Background())
+		kind, text, err := s.conn.ReadMessage()
+		if _, closed := errors.AsType[*websocket.CloseError](err); closed {
+			s.breaks(false)
+		}
 		if err != nil {
 			return
 		}
-		if kind != websocket.MessageText {
-			_ = conn.Close(websocket.StatusUnsupportedData, "only text is echoed")
-			return
+		if kind != websocket.TextMessage {
+			s.goodbye(websocket.CloseUnsupportedData, "only text is echoed")
+			continue // to the peer's close frame
 		}
-		if b.send(conn, answer{Backend: b.name, Text: string(text), N: n}) != nil {
+		if s.send(answer{Backend: s.backend, Text: string(text), N: n}) != nil {
 			return
 		}
 	}
 }
 
-func (b *backend) send(conn *websocket.Conn, message any) error {
+// goodbye sends a close frame, which ends what this side may send (RFC 6455
+// §5.5.1), while texts may still be on their way. So converse reads on: if the
+// peer's close frame is next, all was answered, and the end of the connection in
+// good order proves that to the proxy, which repeats nothing. If a text is next,
+// nobody can answer it here any more: the connection is reset, and the proxy
+// replays what was not acknowledged to the next backend.
+func (s *session) goodbye(code int, reason string) {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	s.breaks(true)
+	_ = s.conn.SetReadDeadline(time.Now().Add(goodbyeTimeout))
+	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason), time.Now().Add(goodbyeTimeout))
+}
+
+// breaks sets whether the end of the connection, or of the process, is a reset.
+func (s *session) breaks(reset bool) {
+	seconds := -1 // the default
+	if reset {
+		seconds = 0
+	}
+	_ = s.conn.NetConn().(*net.TCPConn).SetLinger(seconds)
+}
+
+func (s *session) send(message any) error {
 	payload, err := json.Marshal(message)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
-	defer cancel()
-	return conn.Write(ctx, websocket.MessageText, payload)
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	_ = s.conn.SetWriteDeadline(time.Now().Add(answerTimeout))
+	return s.conn.WriteMessage(websocket.TextMessage, payload)
 }

@@ -111,9 +111,11 @@ func TestOtherMethodsAreRefused(t *testing.T) {
 	s := newSite(t)
 	c, o := s.open("a", "app:80", "10.0.0.1")
 	for target, allowed := range map[string][]string{
-		"/connections":           {"GET"},
-		"/connections/stats":     {"GET"},
-		"/connections/" + c.ID(): {"DELETE", "GET"},
+		"/connections":                        {"GET"},
+		"/connections/stats":                  {"GET"},
+		"/connections/" + c.ID():              {"DELETE", "GET"},
+		"/connections/" + c.ID() + "/migrate": {"POST"},
+		"/connections/none/migrate":           {"POST"},
 	} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} {
 			if slices.Contains(allowed, method) {
@@ -151,6 +153,8 @@ func TestUnknownAndRepeatedParameters(t *testing.T) {
 		{"DELETE", "/connections/" + c.ID() + "?colour=red"},
 		{"DELETE", "/connections/" + c.ID() + "?code=1001&code=1001"},
 		{"DELETE", "/connections/" + c.ID() + "?route=a"},
+		{"POST", "/connections/" + c.ID() + "/migrate?to=app:81"},
+		{"POST", "/connections/none/migrate?to=app:81"},
 	} {
 		if res, body := s.ask(test.method, test.target); res.StatusCode != http.StatusBadRequest || body == "" {
 			t.Errorf("%s %s: got %d %q, want 400 and why", test.method, test.target, res.StatusCode, body)

@@ -5,6 +5,8 @@ package registry
 import (
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
@@ -90,6 +92,84 @@ func TestMetricsFollowAConnection(t *testing.T) {
 	}
 }
 
+func TestMetricsOfResumesAndMoves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := New()
+		route := r.Retain(WebSocket, "a")
+		start := func() *Conn { return opened(t, r, route, new(owner), "app:80") }
+		next := func() *Upstream { return choose(route, "app:81") }
+
+		c := start()
+		time.Sleep(3 * time.Second)
+		c.Hold()
+		time.Sleep(2 * time.Second)
+		c.Hold() // it is held already: nothing begins anew
+		time.Sleep(2 * time.Second)
+		c.TakeOver(next(), "", 5)
+		c.Migrate()
+		c.Stay()
+		c.Migrate()
+		c.TakeOver(next(), "", 0)
+		c.Migrate()
+		c.Hold() // the old one went first
+		c.TakeOver(next(), "", 2)
+		held, moving, other := start(), start(), start()
+		held.Hold()
+		held.Close(Ending{Reason: ResumeTimeout})
+		moving.Migrate()
+		moving.Close(Ending{Reason: ClientClosed})
+		other.Close(Ending{Reason: Idle})
+
+		got := gathered(t, r)
+		for key, want := range map[string]float64{
+			"resumes_total resumed a":           2,
+			"resumes_total resume_timeout a":    1,
+			"migrations_total moved a":          1,
+			"migrations_total stayed a":         1,
+			"migrations_total lost a":           1,
+			"migrations_total client_closed a":  1,
+			"replayed_messages_total a":         7,
+			"held_seconds a":                    3,
+			"state_seconds websocket held":      3,
+			"state_seconds websocket migrating": 4,
+			"active websocket a held":           0,
+			"active websocket a migrating":      0,
+			"active websocket a open":           1,
+			"active websocket a closing":        3,
+			"replay_bytes ":                     0,
+		} {
+			if g, ok := got[key]; !ok || g != want {
+				t.Errorf("%s: got %v (there: %t), want %v", key, g, ok, want)
+			}
+		}
+		for key := range got {
+			if strings.HasPrefix(key, "resumes_total") && strings.Contains(key, "idle") || strings.Contains(key, "closed_total") {
+				t.Errorf("got %q, want no such series", key)
+			}
+		}
+		if sum := heldSum(t, r); sum != 4 {
+			t.Errorf("got %v seconds held in all, want 4", sum)
+		}
+	})
+}
+
+// heldSum is the sum of held_seconds.
+func heldSum(t *testing.T, r *Registry) (sum float64) {
+	t.Helper()
+	families, err := gatherer(t, r).Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == "caddy_connections_held_seconds" {
+			for _, m := range f.GetMetric() {
+				sum += m.GetHistogram().GetSampleSum()
+			}
+		}
+	}
+	return sum
+}
+
 func TestGaugesAreZeroWhenAllAreDone(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
@@ -125,8 +205,14 @@ func TestMetricsGoWithTheirRoute(t *testing.T) {
 	r := New()
 	gone, kept := r.Retain(WebSocket, "gone"), r.Retain(WebSocket, "kept")
 	c := opened(t, r, gone, new(owner), "app:80")
-	finish(opened(t, r, gone, new(owner), "app:80"), Idle)
-	finish(opened(t, r, kept, new(owner), "app:80"), Idle)
+	for _, route := range []*Route{gone, kept} {
+		d := opened(t, r, route, new(owner), "app:80")
+		d.Hold()
+		d.TakeOver(choose(route, "app:81"), "app:81", 3)
+		d.Migrate()
+		d.TakeOver(choose(route, "app:80"), "app:80", 0)
+		finish(d, Idle)
+	}
 	r.Release(gone)
 	if gathered(t, r)["active websocket gone open"] != 1 {
 		t.Error("got the series of a route deleted that has a connection")
@@ -138,8 +224,13 @@ func TestMetricsGoWithTheirRoute(t *testing.T) {
 			t.Errorf("got series %q of a route that is gone", key)
 		}
 	}
-	if gathered(t, r)["closed_total websocket idle kept"] != 1 {
-		t.Error("got the series of another route deleted")
+	for _, key := range []string{"closed_total websocket idle kept", "resumes_total resumed kept", "migrations_total moved kept", "held_seconds kept"} {
+		if gathered(t, r)[key] != 1 {
+			t.Errorf("got the series %q of another route deleted", key)
+		}
+	}
+	if got := gathered(t, r)["replayed_messages_total kept"]; got != 3 {
+		t.Errorf("got %v replayed on another route, want 3", got)
 	}
 
 	again := r.Retain(WebSocket, "gone")
@@ -152,7 +243,12 @@ func TestMetricsGoWithTheirRoute(t *testing.T) {
 func TestMetricsAreWellFormed(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
-	finish(opened(t, r, route, new(owner), "app:80"), Idle)
+	c := opened(t, r, route, new(owner), "app:80")
+	c.Hold()
+	c.TakeOver(choose(route, "app:81"), "app:81", 3)
+	c.Migrate()
+	c.Stay()
+	finish(c, Idle)
 	families, err := gatherer(t, r).Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +257,7 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	if err != nil || len(problems) > 0 {
 		t.Errorf("got problems %v, error %v, want none", problems, err)
 	}
-	if a, b := gathered(t, r), gathered(t, r); len(a) != len(b) || len(a) < 8 {
+	if a, b := gathered(t, r), gathered(t, r); len(a) != len(b) || len(a) < 16 {
 		t.Errorf("got %d series in one config's registry and %d in the next, want the same", len(a), len(b))
 	}
 }

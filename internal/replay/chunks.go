@@ -3,12 +3,36 @@
 
 package replay
 
+import "sync"
+
 const (
 	firstChunk = 512      // bytes
-	maxChunk   = 64 << 10 // bytes, but for a unit that is larger
+	maxChunk   = 72 << 10 // bytes, but for a frame that is larger: those of 64 KiB fit
 	firstEnds  = 8        // entries
 	endSize    = 8        // bytes of an entry
 )
+
+// maxChunks keeps chunks of maxChunk bytes for the next queue: their turnover is
+// what a busy process would collect all the time. A chunk is given back only when
+// all of it is acknowledged or given up, hence not while a part of it is being
+// written: a ping is written after what it acknowledges.
+var maxChunks = sync.Pool{New: func() any { return new([maxChunk]byte) }}
+
+// newChunk returns memory for a chunk.
+func newChunk(size int) []byte {
+	if size == maxChunk {
+		return maxChunks.Get().(*[maxChunk]byte)[:0]
+	}
+	return make([]byte, 0, size)
+}
+
+// free gives the chunk's memory back.
+func (c *chunk) free() {
+	if cap(c.data) == maxChunk {
+		maxChunks.Put((*[maxChunk]byte)(c.data[:maxChunk]))
+	}
+	c.data = nil
+}
 
 // chunk holds the stored bytes from position at on.
 type chunk struct {
@@ -39,18 +63,17 @@ func (c *chunks) next(need int) int {
 	if c.last != nil {
 		size = min(2*cap(c.last.data), maxChunk)
 	}
+	if need > maxChunk/2 && need <= maxChunk {
+		return maxChunk
+	}
 	return max(size, need)
 }
 
-// put stores a frame at position at, the end of the run. One that does not fit
-// into the last chunk goes into a new one of size bytes: no frame is ever in two
-// chunks, so that a control frame may be written between two runs.
-func (c *chunks) put(wire []byte, at uint64, size int) {
-	if len(wire) <= c.room() {
-		c.last.data = append(c.last.data, wire...)
-		return
-	}
-	added := &chunk{at: at, data: append(make([]byte, 0, size), wire...)}
+// add makes an empty chunk of size bytes the last one; at is the end of the run. No
+// frame is ever in two chunks, so that a control frame may be written between two
+// runs.
+func (c *chunks) add(data []byte, at uint64) {
+	added := &chunk{at: at, data: data}
 	if c.last == nil {
 		c.head = added
 	} else {
@@ -58,6 +81,9 @@ func (c *chunks) put(wire []byte, at uint64, size int) {
 	}
 	c.last = added
 }
+
+// put stores a frame, for which the last chunk has room.
+func (c *chunks) put(wire []byte) { c.last.data = append(c.last.data, wire...) }
 
 // run returns the bytes from position at to the end of their chunk.
 func (c *chunks) run(at uint64) []byte {
@@ -79,6 +105,7 @@ func (c *chunks) cut(base uint64) (freed int64) {
 		if c.cursor == c.head {
 			c.cursor = nil
 		}
+		c.head.free()
 		c.head = c.head.next
 	}
 	if c.head == nil {

@@ -199,8 +199,8 @@ func TestChunksGrowAndGoAgain(t *testing.T) {
 	for k := c.stored.head; k != nil; k = k.next {
 		sizes = append(sizes, cap(k.data))
 	}
-	if sizes[0] != 512 || sizes[1] != 1024 || sizes[len(sizes)-1] != 64<<10 {
-		t.Errorf("got chunks of %v, want 512 doubling to 65536", sizes)
+	if sizes[0] != 512 || sizes[1] != 1024 || sizes[len(sizes)-1] != maxChunk {
+		t.Errorf("got chunks of %v, want 512 doubling to %d", sizes, maxChunk)
 	}
 	for len(all) > 0 {
 		p := c.Pending(false)

@@ -141,7 +141,10 @@ func (q *Queue) keep(wire []byte, last bool) bool {
 			return false
 		}
 	}
-	q.stored.put(wire, q.tail, size)
+	if size > 0 {
+		q.stored.add(newChunk(size), q.tail)
+	}
+	q.stored.put(wire)
 	q.tail += uint64(len(wire))
 	if last {
 		q.ends.add(q.tail, growth)

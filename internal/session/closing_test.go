@@ -6,9 +6,12 @@ package session
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/gobwas/ws"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 )
@@ -222,4 +225,39 @@ func TestAClientThatStillSendsIsNotGivenUp(t *testing.T) {
 			t.Errorf("got %d messages delivered, want %d", len(got), messages)
 		}
 	})
+}
+
+// What was read and waits behind a write that blocks is not passed on yet, though
+// the socket says that its peer has finished.
+func TestWhatWaitsBehindAWriteThatBlocksComesBeforeTheEnd(t *testing.T) {
+	for name, last := range map[string]func(p *peer) []byte{
+		"a close frame": func(p *peer) []byte { return p.closeFrame(4000, "bye") },
+		"a ping and a close frame": func(p *peer) []byte {
+			return slices.Concat(p.frame(true, 0, ws.OpPing, []byte("ping")), p.closeFrame(4000, "bye"))
+		},
+		"a message and a close frame": func(p *peer) []byte { return slices.Concat(p.text("last"), p.closeFrame(4000, "bye")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bothWays(t, setup{buffer: 1000}, func(t *testing.T, r *rig, from, to *peer) {
+				to.stall()
+				from.send(from.binary(990))
+				synctest.Wait()
+				from.mu.Lock()
+				from.sentClose = true
+				wire := slices.Concat(from.text("one that blocks"), last(from))
+				from.mu.Unlock()
+				from.send(wire)
+				from.sendFIN()
+				r.pass(3 * time.Second)
+				to.resume()
+				r.wait(time.Minute)
+				if got := r.rec.Ending().Reason; got != registry.ClientClosed && got != registry.BackendClosed {
+					t.Errorf("got reason %q, want the close frame heard", got)
+				}
+				if got := to.farewell(t); got != "4000 bye" {
+					t.Errorf("got the other told %q, want what was sent", got)
+				}
+			})
+		})
+	}
 }

@@ -27,17 +27,35 @@ func (s *Session) downlink(down chan<- struct{}) {
 }
 
 // pumpDown forwards what a backend sends until nothing more comes. It returns
-// false if that ended inside a message.
+// false if that ended inside a message. Frames that lie side by side are written
+// at once.
 func (s *Session) pumpDown(l *leg) (whole bool) {
+	var b batch
 	garbled := false // the bytes of the backend are no frames any more
 	for {
+		for !garbled {
+			u, err := s.collectDown(l, &b)
+			if u == nil {
+				s.flushDown(l, &b, 0)
+				if garbled = err != nil; garbled {
+					s.rec.Close(registry.Ending{Reason: registry.BackendBroke})
+				}
+				break
+			}
+			switch {
+			case u.Op == ws.OpClose:
+				s.flushDown(l, &b, len(u.Wire))
+				s.closeFrom(l, &s.client, u)
+				garbled = true // it was the last one
+			case u.Op != ws.OpPong || s.pongFrom(l, &b, u):
+				if !b.fits(u) {
+					s.flushDown(l, &b, len(u.Wire))
+				}
+				b.add(u)
+			}
+		}
 		if garbled {
 			l.in.Release()
-		} else if err := s.forwardDown(l); err != nil {
-			garbled = true
-			if err != errHeardClose {
-				s.rec.Close(registry.Ending{Reason: registry.BackendBroke})
-			}
 		}
 		s.serveClient()
 		if s.finishedWith(l) {
@@ -96,28 +114,18 @@ func pongFrames(payloads [][]byte) (wire []byte) {
 	return wire
 }
 
-// forwardDown passes on all units that a backend has ready. Frames that lie side
-// by side are written at once.
-func (s *Session) forwardDown(l *leg) error {
-	var b batch
+// collectDown takes units that a backend has sent into the batch until something
+// else is to be done. The unit that asks for it is returned.
+func (s *Session) collectDown(l *leg, b *batch) (*frame.Unit, error) {
 	for {
 		u, err := l.in.Next()
 		if err != nil || u == nil {
-			s.flushDown(l, &b, 0)
-			return err
+			return nil, err
 		}
-		switch {
-		case u.Op == ws.OpClose:
-			s.flushDown(l, &b, len(u.Wire))
-			s.closeFrom(l, &s.client, u)
-			return errHeardClose
-		case u.Op == ws.OpPong && !s.pongFrom(l, &b, u):
-		default:
-			if !b.add(u) {
-				s.flushDown(l, &b, len(u.Wire))
-				b.add(u)
-			}
+		if !u.Data() && u.Op != ws.OpPing || !b.fits(u) {
+			return u, nil
 		}
+		b.add(u)
 	}
 }
 

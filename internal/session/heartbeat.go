@@ -98,7 +98,7 @@ func (s *Session) asks(b *leg) bool {
 // none is under way that would bring it, and returns when to look again. For an
 // upstream that answers no pings its kernel has to do. Session.mu is held.
 func (s *Session) checkAcks(b *leg, now time.Duration, set *Settings) (due time.Duration) {
-	if !s.queue.Outstanding() {
+	if !set.wantsAcks() || !s.queue.Outstanding() {
 		return now + dormant
 	}
 	due = now + activePeriod
@@ -110,7 +110,7 @@ func (s *Session) checkAcks(b *leg, now time.Duration, set *Settings) (due time.
 		s.drainedAcks(b, now, set)
 		return due
 	}
-	if !set.wantsAcks() || !b.writable() || now-b.lastPing < askPeriod && b.lastPing != 0 ||
+	if !b.writable() || now-b.lastPing < askPeriod && b.lastPing != 0 ||
 		b.reading.Load() == 0 || b.writing.Load() != 0 || !s.calm(b, now) {
 		return due
 	}

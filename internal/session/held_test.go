@@ -53,6 +53,7 @@ func TestMessagesKeptWhileHeldComeInOrderAlsoIfTheBackendSpeaksFirst(t *testing.
 					return p.sendEarly([][]byte{p.text("hello")}, [][]byte{p.text("again")})
 				}})
 				r.backend.crash()
+				synctest.Wait() // under off, what is written until it is noticed is lost
 				messages := numbered(50, 100)
 				for _, m := range messages {
 					r.client.send(r.client.text(m))

@@ -51,6 +51,9 @@ func (s *Session) loseNow(l *leg, proven bool) bool {
 	l.cut()
 	s.wakeUplink() // it settles accounts
 	s.wakeDownlink()
+	if s.search.hurry != nil {
+		s.search.hurry() // what it finds would be of no use
+	}
 	s.search.notify()
 	s.lookSoon(0)
 	return true
@@ -135,7 +138,7 @@ func (s *Session) settle(l *leg) {
 	for _, ping := range s.pings.Lost() {
 		s.answer(ping)
 	}
-	if s.flaps++; s.now()-l.began > set.ResumeMax {
+	if s.flaps++; l.began == 0 || s.now()-l.began > set.ResumeMax {
 		s.flaps = 0
 	}
 	reason, doomed := verdicts[verdict]

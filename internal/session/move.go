@@ -50,7 +50,15 @@ func (s *Session) moveNow() error {
 // meanwhile, or it cannot be known what it has read, it returns false: the session
 // is held, and a backend has to be found that is told so.
 func (s *Session) move(ctx context.Context, from *leg) bool {
-	found := s.reach(ctx, from)
+	dials, hurry := context.WithCancel(ctx)
+	s.mu.Lock()
+	s.search.hurry = hurry
+	if from.lost {
+		hurry()
+	}
+	s.mu.Unlock()
+	found := s.reach(dials, from)
+	hurry()
 	s.mu.Lock()
 	switch {
 	case from.lost:
@@ -126,8 +134,10 @@ func (s *Session) vacate(ctx context.Context, from *leg) bool {
 	}
 	s.mu.Unlock()
 	s.waitFor(ctx, quietTimeout, func() (bool, time.Duration) {
-		silence := s.now() - time.Duration(from.lastRead.Load())
-		return from.lost || silence >= quietPeriod && !(s.queue.Outstanding() && s.mayAsk(from)), quietPeriod - silence
+		if silence := s.now() - time.Duration(from.lastRead.Load()); silence < quietPeriod {
+			return from.lost, quietPeriod - silence
+		}
+		return from.lost || !s.queue.Outstanding() || !s.mayAsk(from), quietTimeout
 	})
 	s.mu.Lock()
 	if !from.lost && !s.closing {
@@ -172,15 +182,13 @@ func (s *Session) waitFor(ctx context.Context, limit time.Duration, ready func()
 // asks that backend for an acknowledgement. Only the uplink calls it.
 func (s *Session) report(b *leg) {
 	s.mu.Lock()
-	there := s.search.halt && !s.search.halted && !b.lost && s.queue.Boundary()
-	ask := false
-	if there {
-		s.search.halted = true
-		s.search.notify()
-		ask = b.writable() && s.queue.Outstanding() && s.mayAsk(b) && b.pingMark < s.queue.Mark()
+	defer s.mu.Unlock()
+	if !s.search.halt || s.search.halted || b.lost || len(s.up.wire) > 0 || !s.queue.Boundary() {
+		return
 	}
-	s.mu.Unlock()
-	if ask {
-		s.ping(b)
+	s.search.halted = true
+	s.search.notify()
+	if b.writable() && s.queue.Outstanding() && s.mayAsk(b) && b.pingMark < s.queue.Mark() {
+		s.wantPing(b)
 	}
 }

@@ -15,9 +15,6 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 )
 
-// errHeardClose stops a pump's forwarding: the source's close frame was its last.
-var errHeardClose = errors.New("close frame received")
-
 // fill reads what src has, keeps the times by which the clock judges it, and
 // returns why nothing more will come. A wake-up is no such reason.
 func (s *Session) fill(src *leg) error {
@@ -50,14 +47,16 @@ type batch struct {
 	messages int // ends of messages
 }
 
-// add takes u into the batch, or returns false if it lies elsewhere.
-func (b *batch) add(u *frame.Unit) bool {
-	switch {
-	case len(b.wire) == 0:
+// fits reports whether u lies right behind the batch.
+func (b *batch) fits(u *frame.Unit) bool {
+	return len(b.wire) == 0 || cap(u.Wire) == cap(b.wire)-len(b.wire) // both end with the buffer
+}
+
+// add takes u, which fits, into the batch.
+func (b *batch) add(u *frame.Unit) {
+	if len(b.wire) == 0 {
 		b.wire = u.Wire
-	case cap(u.Wire) != cap(b.wire)-len(b.wire): // both end with the buffer
-		return false
-	default:
+	} else {
 		b.wire = b.wire[:len(b.wire)+len(u.Wire)]
 	}
 	if u.Data() {
@@ -67,7 +66,6 @@ func (b *batch) add(u *frame.Unit) bool {
 			b.messages++
 		}
 	}
-	return true
 }
 
 // slowWrite is how long a write takes that has to wait for the peer.
@@ -115,39 +113,44 @@ func (s *Session) serve(dst *leg) {
 	code, text := dst.closeCode, dst.closeText
 	s.mu.Unlock()
 
-	switch {
-	case ping && !bye:
-		s.ping(dst)
-	case bye:
+	if bye {
 		s.say(dst, frame.AppendClose(nil, code, text, dst.side == backendSide))
+		return
+	}
+	if !ping {
+		return
+	}
+	wire := s.newPing(dst)
+	if wire == nil {
+		return
+	}
+	// While an earlier ping is unanswered its times stand: the peer's silence counts
+	// from there. An upstream that has never answered any ping is not judged by it.
+	judged := dst.side == clientSide || dst.upstream.Answers.Load()
+	first, began := !s.unanswered(dst), s.now()
+	if _, ok := s.write(dst, wire); ok && first && judged {
+		dst.pingDone.Store(int64(s.now()))
+		dst.pingBegan.Store(int64(began)) // last: it makes the ping count
 	}
 }
 
-// ping writes a heartbeat, which for a backend asks as well what it has read.
-// While an earlier one is unanswered its times stand: the peer's silence counts
-// from there. An upstream that has never answered any ping is not judged by it.
-func (s *Session) ping(l *leg) {
+// newPing makes a heartbeat, which for a backend asks as well what it has read. It
+// returns nil for a backend that has more pings of the client's to answer than it can.
+func (s *Session) newPing(l *leg) []byte {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	payload := s.own.next()
 	if l.side == backendSide {
-		now := s.now()
+		if !s.pings.Sent(payload, true, s.queue.Mark()) {
+			return nil
+		}
+		l.lastPing, l.pingMark = s.now(), s.queue.Mark()
 		if l.pinged == 0 {
-			l.pinged = now
+			l.pinged = l.lastPing
 		}
-		l.lastPing, l.pingMark = now, s.queue.Mark()
-		l.nextPing = now + s.sooner(s.route.Settings().PingInterval) // it is a heartbeat as well
-		if !s.pings.Sent(payload, true, l.pingMark) {
-			s.mu.Unlock()
-			return // the backend has more pings of the client's to answer than it can
-		}
+		l.nextPing = l.lastPing + s.sooner(s.route.Settings().PingInterval) // it is a heartbeat as well
 	}
-	s.mu.Unlock()
-	judged := l.side == clientSide || l.upstream.Answers.Load()
-	first, began := !s.unanswered(l), s.now()
-	if _, ok := s.write(l, frame.Append(nil, ws.OpPing, payload, l.side == backendSide)); ok && first && judged {
-		l.pingDone.Store(int64(s.now()))
-		l.pingBegan.Store(int64(began)) // last: it makes the ping count
-	}
+	return frame.Append(nil, ws.OpPing, payload, l.side == backendSide)
 }
 
 // ownPings are the payloads of the session's own pings: a nonce, which tells

@@ -67,6 +67,7 @@ type Session struct {
 
 	client  leg
 	current atomic.Pointer[leg] // the backend's leg, the latest one; changed under mu
+	up      upstroke
 	own     ownPings
 	jitter  float64 // 0 … 0.1, what lifetime and heartbeats are shortened by
 	tasks   sync.WaitGroup
@@ -230,6 +231,7 @@ type search struct {
 	under  bool               // a seeker exists
 	stop   context.CancelFunc // ends it
 	events chan struct{}      // wakes it while it moves the session; one is enough
+	hurry  context.CancelFunc // ends the dials of a move
 	halt   bool               // the old backend is to get no further message
 	halted bool               // … and got its last one whole
 	found  *Found             // the backend that is to take over from a live one

@@ -174,11 +174,15 @@ func TestTheRestOfAMessageThatIsGivenUpGoesNowhere(t *testing.T) {
 	for name, end := range map[string]func(r *rig){
 		"open": func(*rig) {},
 		"closing": func(r *rig) {
-			// A client that reads nothing keeps the session from its end.
+			// The close frame does not fit the client's buffer any more.
 			r.client.stall()
-			r.latest().send(r.latest().binary(3000))
+			r.latest().send(r.latest().binary(1000 - 4 - 2))
+			synctest.Wait()
 			r.latest().sendClose(1000, "")
 			synctest.Wait()
+			if r.rec.State() != registry.Closing {
+				r.t.Fatalf("got state %v, want closing", r.rec.State())
+			}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -14,33 +14,49 @@ import (
 )
 
 // uplink is the only reader of the client and the only writer of the backends. It
-// runs until the client has nothing more to say.
+// runs until the client has nothing more to say. It calls what blocks by itself,
+// and not from deep below, which would cost every connection a larger stack.
 func (s *Session) uplink() {
-	c := &s.client
-	garbled := false // the bytes of the client are no frames any more
-	for {
+	for over := false; !over; {
 		s.attend()
-		if garbled {
-			c.in.Release()
-		} else if err := s.forwardUp(); err != nil {
-			garbled = true
-			if err != errHeardClose {
-				s.rec.Close(registry.Ending{Reason: registry.ClientProtocol})
+		switch s.collect() {
+		case flush:
+			s.flushUp()
+		case wait:
+			s.await(func() bool { return false })
+		case overflow:
+			s.end(registry.Overflow)
+		case control:
+			s.controlUp(s.up.unit)
+			s.up.unit = nil
+		case closed:
+			s.deliver()
+			s.closeFrom(&s.client, s.backend(), s.up.unit)
+			s.up.unit, s.up.garbled = nil, true
+		case garbled:
+			s.end(registry.ClientProtocol)
+			s.up.garbled = true
+		case more:
+			if over = s.finishedWith(&s.client); over {
+				break
 			}
-		}
-		if s.finishedWith(c) {
-			break
-		}
-		if err := s.fill(c); err != nil {
-			if err == io.EOF {
-				s.deliver() // what it wrote before it left
+			if err := s.fill(&s.client); err != nil {
+				if err == io.EOF {
+					s.deliver() // what it wrote before it left
+				}
+				s.leave(&s.client, err)
 			}
-			s.leave(c, err)
 		}
 	}
 	s.attend()
-	s.tellLast(c, s.backend())
-	c.in.Release()
+	s.tellLast(&s.client, s.backend())
+	s.client.in.Release()
+}
+
+// end ends the session and begins at once to carry that out.
+func (s *Session) end(why registry.Reason) {
+	s.rec.Close(registry.Ending{Reason: why})
+	s.End(s.rec.Ending())
 }
 
 // attend does what was left for the uplink: it settles accounts with a backend
@@ -56,97 +72,128 @@ func (s *Session) attend() {
 	}
 }
 
-// upstroke is what the uplink forwards at once.
+// upstroke is what the uplink forwards at once; only the uplink uses it.
 type upstroke struct {
 	batch
 	to   *leg // the backend that was there when it began; nil: there was none
 	kept bool // the queue has it; else it is written now or never
 	late bool // the session ends: the queue knows nothing of it
+
+	unit    *frame.Unit // read, and still to be taken
+	begun   *leg        // has got all of the message that unit continues
+	garbled bool        // the client's bytes are no frames any more
 }
 
-// forwardUp takes all units that the client has sent.
-func (s *Session) forwardUp() error {
-	var b upstroke
-	for {
-		u, err := s.client.in.Next()
-		if err != nil || u == nil {
-			s.flushUp(&b)
-			return err
+// step is what the uplink has to do next.
+type step uint8
+
+const (
+	more     step = iota // read: all that was read is forwarded
+	flush                // forward the batch
+	wait                 // there is no room for the unit
+	overflow             // … and that is the end
+	control              // the unit is a ping or a pong
+	closed               // … is a close frame
+	garbled              // the client broke the protocol
+)
+
+// collect takes units of messages that the client has sent until something else
+// is to be done.
+func (s *Session) collect() step {
+	for !s.up.garbled {
+		if s.up.unit == nil {
+			u, err := s.client.in.Next()
+			switch {
+			case (u == nil || err != nil) && len(s.up.wire) > 0:
+				return flush
+			case err != nil:
+				return garbled
+			case u == nil:
+				return more
+			}
+			s.up.unit = u
 		}
+		u := s.up.unit
 		switch {
 		case u.Data():
-			s.take(&b, u)
-		case u.Op == ws.OpClose:
-			s.flushUp(&b)
-			s.deliver()
-			s.closeFrom(&s.client, s.backend(), u)
-			return errHeardClose
-		default:
-			s.flushUp(&b)
-			s.controlUp(u)
-		}
-	}
-}
-
-// take adds a unit of a message to what is forwarded. While there is no room for
-// it, it waits.
-func (s *Session) take(b *upstroke, u *frame.Unit) {
-	for {
-		s.mu.Lock()
-		to := s.receiver(b)
-		late := s.closing
-		fate := s.keep(u, to != nil)
-		overflow := fate == replay.Full && to == nil && s.overflows()
-		s.mu.Unlock()
-		switch {
-		case fate == replay.Dropped:
-			s.flushUp(b)
-			return
-		case fate != replay.Full:
-			kept := fate == replay.Kept
-			if len(b.wire) > 0 && (b.kept != kept || b.late != late || b.to != to) || !b.add(u) {
-				s.flushUp(b)
-				b.add(u)
+			if do := s.take(u); do != more {
+				return do
 			}
-			b.to, b.kept, b.late = to, kept, late
-			return
-		case len(b.wire) > 0:
-			s.flushUp(b) // it may count as something that could be let go
-		case overflow:
-			s.rec.Close(registry.Ending{Reason: registry.Overflow})
-			s.End(s.rec.Ending())
+			s.up.unit = nil
+		case len(s.up.wire) > 0:
+			return flush
+		case u.Op == ws.OpClose:
+			return closed
 		default:
-			s.await(func() bool { return false })
-			s.attend()
+			return control
 		}
+	}
+	s.client.in.Release()
+	return more
+}
+
+// take adds a unit of a message to what is forwarded, and returns what has to be
+// done first if it cannot.
+func (s *Session) take(u *frame.Unit) step {
+	b := &s.up
+	if len(b.wire) > 0 && !b.fits(u) {
+		return flush
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	to, late := s.receiver(u), s.closing
+	if len(b.wire) > 0 {
+		// What is passed and what is kept, which is not sent yet, do not mix: the
+		// queue lets nothing pass before that.
+		mixed := u.First && !b.kept && s.route.Settings().mode() != replay.Off
+		if b.to != to || b.late != late || mixed {
+			return flush
+		}
+	}
+	if late && (to == nil || !u.First && b.begun != to) {
+		return more // it was not begun there, and is not kept any more
+	}
+	fate := replay.Passed
+	if !late {
+		fate = s.keep(u, to != nil)
+	}
+	switch fate {
+	case replay.Full:
+		switch {
+		case len(b.wire) > 0:
+			return flush // it may count as something that could be let go
+		case to == nil && s.overflows():
+			return overflow
+		default:
+			return wait
+		}
+	case replay.Dropped:
+		b.begun = nil
+		return more
+	default:
+		b.add(u)
+		b.to, b.kept, b.late, b.begun = to, fate == replay.Kept, late, to
+		return more
 	}
 }
 
-// receiver returns the backend that may be written right after b, or nil: there
-// is none, it is being left, or the queue comes first. Session.mu is held.
-func (s *Session) receiver(b *upstroke) *leg {
+// receiver returns the backend that may be written u right after what is in the
+// batch, or nil: there is none, it is being left, or the queue comes first.
+// Session.mu is held.
+func (s *Session) receiver(u *frame.Unit) *leg {
 	to := s.backend()
-	if len(b.wire) > 0 && b.to != to {
-		return nil
-	}
-	if !to.writable() || to.lost || len(b.wire) == 0 && s.queue.Backlog() {
-		return nil
-	}
-	if s.search.halt && len(b.wire) == 0 && s.queue.Boundary() {
+	switch {
+	case len(s.up.wire) > 0 && s.up.to != to,
+		!to.writable() || to.lost,
+		len(s.up.wire) == 0 && s.queue.Backlog(),
+		s.search.halt && u.First:
 		return nil
 	}
 	return to
 }
 
-// keep asks the queue to keep a unit. Once the session ends nothing is kept.
-// Session.mu is held.
+// keep asks the queue to keep a unit. Session.mu is held.
 func (s *Session) keep(u *frame.Unit, live bool) replay.Fate {
-	if s.closing {
-		if live {
-			return replay.Passed
-		}
-		return replay.Dropped
-	}
 	set := s.route.Settings()
 	fate := s.queue.Append(u.Wire, u.First, u.Last, live, set.mode(), set.ReplayBuffer)
 	switch fate {
@@ -168,46 +215,52 @@ func (s *Session) overflows() bool {
 
 // flushUp counts the batch and writes it, if it is its turn; else the queue has
 // it, or it is lost with the backend it was for.
-func (s *Session) flushUp(b *upstroke) {
-	if len(b.wire) == 0 {
-		return
-	}
+func (s *Session) flushUp() {
+	b := &s.up
 	// Counted first, so that who sees a message finds it counted.
 	s.rec.Count(registry.In, b.data, b.messages)
-	s.client.unpassed.Store(int64(s.client.in.Buffered()))
+	unpassed := s.client.in.Buffered()
+	if b.unit != nil {
+		unpassed += len(b.unit.Wire)
+	}
+	s.client.unpassed.Store(int64(unpassed))
 	s.mu.Lock()
 	to := b.to
 	if to != nil && (to.lost || !to.writable()) {
 		to = nil
 	}
-	ping := false
-	if to == nil && !b.kept && !b.late {
-		s.queue.Unsent(len(b.wire)) // for the verdict
-	}
-	if to != nil {
+	switch {
+	case to != nil:
 		if b.kept {
 			s.queue.Sent(len(b.wire))
 		}
-		to.writing.Store(int64(s.now())) // with what it is marked as sent for
-		ping = s.asks(to)
+		s.beforeWrite(to)
+	case !b.kept && !b.late:
+		s.queue.Unsent(len(b.wire)) // for the verdict
 	}
+	// Another backend may be there already, or the old one wait for this.
+	work := to == nil || to.wantPing || s.search.halt
 	s.mu.Unlock()
 	if to != nil {
-		s.writeUp(to, b.wire, !b.late, ping)
-	} else if b.kept {
-		s.upWork.Store(true) // another backend may be there already
+		s.writeUp(to, b.wire, !b.late)
 	}
-	*b = upstroke{}
-	s.report(s.backend())
-	s.attend()
+	b.batch = batch{}
+	if work {
+		s.upWork.Store(true)
+	}
 }
 
-// writeUp writes messages to a backend, and after them a ping that asks whether
-// they were read. known says that the queue knows of them.
-func (s *Session) writeUp(to *leg, wire []byte, known, ping bool) {
+// beforeWrite notes that messages marked as sent are about to be written, and
+// whether a ping is to follow. Session.mu is held.
+func (s *Session) beforeWrite(to *leg) {
+	to.writing.Store(int64(s.now()))
+	to.wantPing = to.wantPing || s.asks(to)
+}
+
+// writeUp writes messages to a backend. known says that the queue knows of them.
+func (s *Session) writeUp(to *leg, wire []byte, known bool) {
 	n, ok := s.write(to, wire)
-	mode := s.route.Settings().mode()
-	if known && (!ok || mode != replay.Unacked) {
+	if mode := s.route.Settings().mode(); known && (!ok || mode != replay.Unacked) {
 		s.mu.Lock()
 		if !ok {
 			s.queue.Unsent(len(wire) - n)
@@ -215,9 +268,6 @@ func (s *Session) writeUp(to *leg, wire []byte, known, ping bool) {
 		s.queue.Release(mode)
 		s.rec.SetBuffered(s.queue.Buffered())
 		s.mu.Unlock()
-	}
-	if ok && ping {
-		s.ping(to)
 	}
 }
 
@@ -234,13 +284,10 @@ func (s *Session) drain(b *leg) {
 			return
 		}
 		s.queue.Sent(len(wire))
-		b.writing.Store(int64(s.now()))
-		ping := s.asks(b)
+		s.beforeWrite(b)
 		s.mu.Unlock()
-		s.writeUp(b, wire, true, ping)
-		if s.upWork.Load() {
-			return // other work comes between two writes
-		}
+		s.writeUp(b, wire, true)
+		s.serve(b)
 	}
 }
 

@@ -1,6 +1,4 @@
-// This file tests write_timeout. An in-memory connection tells nothing of what
-// its peer has acknowledged, so here only a Write that completes is progress; on
-// TCP each byte is.
+// This file tests write_timeout: how long a peer may take not one byte.
 
 package session
 

@@ -3,7 +3,9 @@
 //
 //	node backend.mjs -listen 127.0.0.1:21000 -name a -record a.jsonl -term-code 1001
 //
-// and echo=1 and stream=<bytes per second> in a request's query. ws answers pings.
+// and echo=1 and stream=<bytes per second> in a request's query. ws answers pings. With
+// "-compress true" it agrees to permessage-deflate, and with "-window-bits 9" it answers
+// with server_max_window_bits, asked or not, and keeps to it.
 import fs from 'node:fs';
 import http from 'node:http';
 import { WebSocketServer } from 'ws';
@@ -11,7 +13,7 @@ import { WebSocketServer } from 'ws';
 const closeTimeout = 5000; // after SIGTERM, for the peers' close frames
 const streamInterval = 20;
 
-const flags = { listen: '127.0.0.1:0', name: 'backend', record: '/dev/null', 'term-code': '1012' };
+const flags = { listen: '127.0.0.1:0', name: 'backend', record: '/dev/null', 'term-code': '1012', compress: 'false', 'window-bits': '0' };
 for (let i = 2; i < process.argv.length; i += 2) {
   const name = process.argv[i].replace(/^-/, '');
   if (!(name in flags) || i + 1 === process.argv.length) throw new Error(`bad argument ${process.argv[i]}`);
@@ -41,7 +43,9 @@ let stopping = false;
 const open = new Set();
 
 const server = http.createServer((request, response) => response.writeHead(426).end());
-const acceptor = new WebSocketServer({ server, perMessageDeflate: false, maxPayload: 0 });
+const bits = Number(flags['window-bits']);
+const perMessageDeflate = flags.compress === 'true' && { threshold: 0, ...(bits > 0 && { serverMaxWindowBits: bits }) };
+const acceptor = new WebSocketServer({ server, perMessageDeflate, maxPayload: 0 });
 
 acceptor.on('connection', (ws, request) => {
   const query = new URL(request.url, 'http://backend').searchParams;

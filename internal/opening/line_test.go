@@ -1,0 +1,446 @@
+// This file tests the dials of a live connection to its next backends.
+
+package opening
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
+)
+
+// backend answers handshakes by its script: a status, or 101 with some lines more.
+type backend struct {
+	status int
+	lines  []string
+	early  string
+	refuse error         // of the dial
+	wait   chan struct{} // closed when it may answer; nil: at once
+
+	mu       sync.Mutex
+	requests []*http.Request
+	now      int // connections that are open
+	most     int
+}
+
+// dial connects to the backend.
+func (b *backend) dial(context.Context) (net.Conn, error) {
+	if b.refuse != nil {
+		return nil, b.refuse
+	}
+	near, far := net.Pipe()
+	b.mu.Lock()
+	b.now++
+	b.most = max(b.most, b.now)
+	b.mu.Unlock()
+	go b.serve(far)
+	return near, nil
+}
+
+// serve owns one connection: it ends when the other side closes it.
+func (b *backend) serve(conn net.Conn) {
+	defer func() {
+		conn.Close()
+		b.mu.Lock()
+		b.now--
+		b.mu.Unlock()
+	}()
+	br := bufio.NewReader(conn)
+	r, err := http.ReadRequest(br)
+	if err != nil {
+		return
+	}
+	b.mu.Lock()
+	b.requests = append(b.requests, r)
+	b.mu.Unlock()
+	if b.wait != nil {
+		<-b.wait
+	}
+	answer := fmt.Sprintf("HTTP/1.1 %d Status\r\nContent-Length: 0\r\n\r\n", b.status)
+	if b.status == http.StatusSwitchingProtocols {
+		answer = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " +
+			handshake.AcceptKey(r.Header.Get("Sec-WebSocket-Key")) + "\r\n" + strings.Join(append(b.lines, ""), "\r\n") + "\r\n" + b.early
+	}
+	if _, err := io.WriteString(conn, answer); err != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, br)
+}
+
+// asked returns the Holdfast-Resume headers that the backend got.
+func (b *backend) asked() (resume []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, r := range b.requests {
+		resume = append(resume, r.Header.Get("Holdfast-Resume"))
+	}
+	return resume
+}
+
+// testPool is a route with named upstreams, in the order in which they are tried.
+type testPool struct {
+	route       *registry.Route
+	backends    map[string]*backend
+	names       []string
+	concurrency int
+	redials     []string // the calls of Redial
+}
+
+func (p *testPool) Settings() *session.Settings    { return new(session.Settings) }
+func (p *testPool) Leaves(string) bool             { return false }
+func (p *testPool) Others(string) bool             { return true }
+func (p *testPool) Unanswering(*registry.Upstream) {}
+
+func (p *testPool) Redial(q *handshake.Request, last string, move bool) Config {
+	p.redials = append(p.redials, fmt.Sprintf("last=%s move=%t", last, move))
+	names := slices.Clone(p.names)
+	return Config{
+		Next: func() *Target {
+			if len(names) == 0 {
+				return nil
+			}
+			name := names[0]
+			names = names[1:]
+			return &Target{
+				Place: p.route.Choose(func(func(string) int) string { return name }), Address: "dial of " + name,
+				Dial: p.backends[name].dial,
+			}
+		},
+		DialTimeout: time.Second, HandshakeTimeout: 2 * time.Second, Concurrency: p.concurrency, Logger: zap.NewNop(),
+	}
+}
+
+// places returns how many places are taken at an upstream.
+func (p *testPool) places(name string) (n int) {
+	p.route.Choose(func(conns func(string) int) string {
+		n = conns(name)
+		return ""
+	})
+	return n
+}
+
+// told is what the client was told when its connection was opened.
+type told struct {
+	subprotocol string
+	offer       []string // the client's Sec-WebSocket-Extensions
+	answer      []string // the first backend's
+}
+
+// newTestLine makes a connection whose client was told something, on a route with
+// upstreams a and b.
+func newTestLine(t *testing.T, was told, backends map[string]*backend, names ...string) (*line, *testPool) {
+	t.Helper()
+	reg := registry.New()
+	p := &testPool{route: reg.Retain(registry.WebSocket, "route"), backends: backends, names: names, concurrency: 64}
+	rec, err := reg.Admit(p.route, registry.Info{Kind: registry.WebSocket}, New(t.Context()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET /chat?x=1 HTTP/1.1\r\nHost: example.com\r\nCookie: a=1\r\n" +
+		"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
+		"Sec-WebSocket-Protocol: one, two\r\n\r\n")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	offer := deflate.Negotiate(was.offer, deflate.On)
+	q, err := handshake.NewRequest(r, rec.ID(), false, offer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	agreed, err := offer.Accept(was.answer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newLine(rec, p, &Answer{request: q, res: &handshake.Response{Subprotocol: was.subprotocol, Compression: agreed}}), p
+}
+
+// accepting is a backend that accepts, with some lines more.
+func accepting(lines ...string) *backend {
+	return &backend{status: http.StatusSwitchingProtocols, lines: lines}
+}
+
+func TestSearchFindsABackend(t *testing.T) {
+	b := accepting("Sec-WebSocket-Protocol: one")
+	b.early = "early"
+	l, p := newTestLine(t, told{subprotocol: "one"}, map[string]*backend{"b": b}, "b")
+	found, err := l.Search(session.Interruption{Upstream: "a", Replayed: 7, Cause: 1012})(t.Context(), 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found.Upstream.Name() != "b" || found.Dial != "dial of b" || string(found.Early) != "early" {
+		t.Errorf("got %s, dialed as %s, early bytes %q", found.Upstream.Name(), found.Dial, found.Early)
+	}
+	r := b.requests[0]
+	if got := r.Header.Get("Holdfast-Resume"); got != "attempt=3, replayed=7, cause=1012" {
+		t.Errorf("Holdfast-Resume: got %q", got)
+	}
+	if r.Header.Get("Holdfast-Connection") != l.rec.ID() || r.RequestURI != "/chat?x=1" || r.Host != "example.com" ||
+		r.Header.Get("Cookie") != "a=1" || r.Header.Get("Sec-WebSocket-Protocol") != "one, two" {
+		t.Errorf("got %s of %s with %v, want the client's request", r.RequestURI, r.Host, r.Header)
+	}
+	if p.places("b") != 1 {
+		t.Errorf("got %d places taken, want one", p.places("b"))
+	}
+	if _, err := found.Conn.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	found.Discard()
+	if _, err := found.Conn.Write([]byte("x")); err == nil {
+		t.Error("got a discarded connection still open")
+	}
+	if p.places("b") != 0 {
+		t.Errorf("got %d places taken after Discard, want none", p.places("b"))
+	}
+}
+
+// A resume goes round and round, by the newest config each time; a move tries each
+// upstream once.
+func TestSearchGoesRound(t *testing.T) {
+	refused := errors.New("connection refused")
+	backends := map[string]*backend{"a": {refuse: refused}, "b": {refuse: refused}, "c": accepting()}
+	for _, move := range []bool{false, true} {
+		t.Run(fmt.Sprintf("move %t", move), func(t *testing.T) {
+			l, p := newTestLine(t, told{}, backends, "b", "a")
+			try := l.Search(session.Interruption{Upstream: "a", Move: move, Cause: 1006})
+			for attempt := 1; attempt <= 2; attempt++ {
+				if _, err := try(t.Context(), attempt); !errors.Is(err, refused) {
+					t.Fatalf("attempt %d: got %v, want that it is refused", attempt, err)
+				}
+			}
+			p.names = []string{"c"} // a reload
+			found, err := try(t.Context(), 3)
+			want := []string{fmt.Sprintf("last=a move=%t", move)}
+			if move {
+				if !errors.Is(err, session.ErrNoUpstream) {
+					t.Errorf("got %v, want that there is no other upstream", err)
+				}
+				if _, err := try(t.Context(), 4); !errors.Is(err, session.ErrNoUpstream) {
+					t.Errorf("got %v, want that it stays so", err)
+				}
+			} else {
+				want = append(want, want[0])
+				if err != nil || found.Upstream.Name() != "c" {
+					t.Fatalf("got %v, want the upstream of the newest config", err)
+				}
+				found.Discard()
+			}
+			if !slices.Equal(p.redials, want) {
+				t.Errorf("got the pool asked %q, want %q", p.redials, want)
+			}
+			for name := range backends {
+				if n := p.places(name); n != 0 {
+					t.Errorf("got %d places taken at %s, want none", n, name)
+				}
+			}
+		})
+	}
+	t.Run("no upstream at all", func(t *testing.T) {
+		l, _ := newTestLine(t, told{}, backends)
+		if _, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1); !errors.Is(err, session.ErrNoUpstream) {
+			t.Errorf("got %v, want that there is none", err)
+		}
+	})
+}
+
+// A 4xx is final, but for those that are about the moment or the way.
+func TestSearchRefused(t *testing.T) {
+	for status := 200; status < 600; status++ {
+		final := status >= 400 && status < 500 && status != 408 && status != 421 && status != 425 && status != 429
+		if status%100 > 35 && status != 451 && status != 499 {
+			continue
+		}
+		b := &backend{status: status}
+		l, p := newTestLine(t, told{}, map[string]*backend{"b": b}, "b")
+		_, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+		var refused *session.RefusedError
+		if err == nil || errors.As(err, &refused) != final || final && refused.Status != status {
+			t.Errorf("%d: got %v, want it final: %t", status, err, final)
+		}
+		if n := p.places("b"); n != 0 {
+			t.Errorf("%d: got %d places taken, want none", status, n)
+		}
+	}
+}
+
+// A backend must agree with what the client was told.
+func TestSearchAgrees(t *testing.T) {
+	const deflated = "Sec-WebSocket-Extensions: permessage-deflate"
+	offer := []string{"permessage-deflate; client_max_window_bits"}
+	limited := []string{"permessage-deflate; server_max_window_bits=10"}
+	fresh := []string{"permessage-deflate; server_no_context_takeover"}
+	for _, test := range []struct {
+		name  string
+		told  told
+		lines []string
+		ok    bool
+	}{
+		{"nothing", told{}, nil, true},
+		{"same subprotocol", told{subprotocol: "two"}, []string{"Sec-WebSocket-Protocol: two"}, true},
+		{"other subprotocol", told{subprotocol: "two"}, []string{"Sec-WebSocket-Protocol: one"}, false},
+		{"no subprotocol", told{subprotocol: "two"}, nil, false},
+		{"surplus subprotocol", told{}, []string{"Sec-WebSocket-Protocol: one"}, false},
+		{"compression", told{offer: offer, answer: []string{"permessage-deflate"}}, []string{deflated}, true},
+		{"no compression any more", told{offer: offer, answer: []string{"permessage-deflate"}}, nil, false},
+		{"surplus compression", told{offer: offer}, []string{deflated}, false},
+		{"smaller window", told{offer: limited, answer: limited}, []string{deflated + "; server_max_window_bits=9"}, true},
+		{"larger window", told{offer: limited, answer: limited}, []string{deflated + "; server_max_window_bits=11"}, false},
+		{"no limit of the window", told{offer: limited, answer: limited}, []string{deflated}, false},
+		{"no context takeover", told{offer: fresh, answer: fresh}, []string{deflated + "; server_no_context_takeover"}, true},
+		{"context takeover", told{offer: fresh, answer: fresh}, []string{deflated}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l, p := newTestLine(t, test.told, map[string]*backend{"b": accepting(test.lines...)}, "b")
+			found, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+			var refused *session.RefusedError
+			if (err == nil) != test.ok || errors.As(err, &refused) {
+				t.Errorf("got %v, want it taken: %t, and no final refusal", err, test.ok)
+			}
+			if found != nil {
+				found.Discard()
+			}
+			if n := p.places("b"); n != 0 {
+				t.Errorf("got %d places taken, want none", n)
+			}
+			if !eventually(func() bool { b := p.backends["b"]; b.mu.Lock(); defer b.mu.Unlock(); return b.now == 0 }) {
+				t.Error("got a connection left open")
+			}
+		})
+	}
+}
+
+// Errors of a dial: refused, silent, garbage. The place is given back, and the turn.
+func TestSearchFails(t *testing.T) {
+	silent := accepting()
+	silent.wait = make(chan struct{})
+	defer close(silent.wait)
+	for _, test := range []struct {
+		name string
+		b    *backend
+		want string
+	}{
+		{"refused", &backend{refuse: errors.New("connection refused")}, "dialing dial of b: connection refused"},
+		{"silent", silent, "handshake with dial of b"},
+		{"an extension that was not offered", accepting("Sec-WebSocket-Extensions: x-unknown"), "handshake with dial of b"},
+		{"a subprotocol that was not offered", accepting("Sec-WebSocket-Protocol: three"), "handshake with dial of b"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l, p := newTestLine(t, told{}, map[string]*backend{"b": test.b}, "b")
+			p.concurrency = 1
+			for range 2 { // the second one would wait for ever if the turn were lost
+				began := time.Now()
+				_, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+				if err == nil || !strings.Contains(err.Error(), test.want) {
+					t.Errorf("got %v, want %q", err, test.want)
+				}
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("got an answer after %v, want it within the timeouts", took)
+				}
+				if n := p.places("b"); n != 0 {
+					t.Errorf("got %d places taken, want none", n)
+				}
+			}
+		})
+	}
+}
+
+// The end of a session ends its dial, and its waiting for a turn.
+func TestSearchGivesUpWithItsContext(t *testing.T) {
+	b := accepting()
+	b.wait = make(chan struct{})
+	defer close(b.wait)
+	l, p := newTestLine(t, told{}, map[string]*backend{"b": b}, "b")
+	p.concurrency = 1
+	search := func(ctx context.Context) <-chan error {
+		try, done := l.Search(session.Interruption{Upstream: "a"}), make(chan error, 1)
+		go func() { // ends with ctx
+			_, err := try(ctx, 1)
+			done <- err
+		}()
+		return done
+	}
+	first, endFirst := context.WithCancel(t.Context())
+	second, endSecond := context.WithCancel(t.Context())
+	defer endFirst()
+	defer endSecond()
+	dialing := search(first)
+	if !eventually(func() bool { return len(b.asked()) == 1 }) {
+		t.Fatal("the first one does not dial")
+	}
+	waiting := search(second)
+	if !eventually(func() bool { return p.places("b") == 2 }) {
+		t.Fatal("the second one takes no place")
+	}
+	endSecond()
+	if err := <-waiting; !errors.Is(err, context.Canceled) {
+		t.Errorf("waiting: got %v, want that it gave up", err)
+	}
+	if n := p.places("b"); n != 1 {
+		t.Errorf("got %d places taken, want that of the first one", n)
+	}
+	began := time.Now()
+	endFirst()
+	if err, took := <-dialing, time.Since(began); err == nil || took > time.Second {
+		t.Errorf("dialing: got error %v after %v, want that it gives up at once", err, took)
+	}
+	if n := p.places("b"); n != 0 {
+		t.Errorf("got %d places taken, want none", n)
+	}
+}
+
+// No more connections dial an upstream at once than the route allows.
+func TestSearchTakesItsTurn(t *testing.T) {
+	const limit, searches = 3, 12
+	b := accepting()
+	b.wait = make(chan struct{})
+	l, p := newTestLine(t, told{}, map[string]*backend{"b": b}, "b")
+	p.concurrency = limit
+	var all sync.WaitGroup
+	for range searches {
+		try := l.Search(session.Interruption{Upstream: "a"})
+		all.Go(func() {
+			found, err := try(t.Context(), 1)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			found.Discard()
+		})
+	}
+	if !eventually(func() bool { return len(b.asked()) == limit && p.places("b") == searches }) {
+		t.Errorf("got %d handshakes, %d places, want %d and %d", len(b.asked()), p.places("b"), limit, searches)
+	}
+	close(b.wait)
+	all.Wait()
+	if b.mu.Lock(); b.most > 2*limit { // one that has its answer is not dialing any more
+		t.Errorf("got %d connections at once", b.most)
+	}
+	b.mu.Unlock()
+	if n := p.places("b"); n != 0 || len(b.asked()) != searches {
+		t.Errorf("got %d places taken, %d handshakes, want none, %d", n, len(b.asked()), searches)
+	}
+}
+
+// eventually polls until cond holds, and reports whether it did.
+func eventually(cond func() bool) bool {
+	for until := time.Now().Add(10 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,451 @@
+// This file tests what happens to a record between two backends.
+
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// began makes a record that is in a state, with a place at app:80 as far as
+// connections in that state have one.
+func began(t *testing.T, r *Registry, route *Route, s State) *Conn {
+	t.Helper()
+	c := admit(t, r, route, new(owner))
+	c.Attempt(choose(route, "app:80"), "10.1.1.1:80", time.Time{})
+	force(t, c, s)
+	return c
+}
+
+// places checks how many places are taken at app:80 and at app:81.
+func places(t *testing.T, route *Route, old, other int) {
+	t.Helper()
+	if a, b := placed(route, "app:80"), placed(route, "app:81"); a != old || b != other {
+		t.Errorf("places: got %d at app:80 and %d at app:81, want %d and %d", a, b, old, other)
+	}
+}
+
+func TestBetweenBackendsFromEveryState(t *testing.T) {
+	const self = stateCount // it stays what it is
+	for _, test := range []struct {
+		name string
+		do   func(c *Conn) bool
+		to   map[State]State
+	}{
+		{"Hold", (*Conn).Hold, map[State]State{Open: Held, Migrating: Held, Held: self}},
+		{"Migrate", (*Conn).Migrate, map[State]State{Open: Migrating}},
+		{"Stay", func(c *Conn) bool { c.Stay(); return c.State() == Open }, map[State]State{Migrating: Open, Open: self}},
+		{"TakeOver", func(c *Conn) bool {
+			up := choose(c.route, "app:81")
+			if c.TakeOver(up, "10.1.1.2:80", 3) {
+				return true
+			}
+			c.route.Leave(up) // it is the caller's still
+			return false
+		}, map[State]State{Held: Open, Migrating: Open}},
+	} {
+		for from := range stateCount {
+			if from == Connecting && test.name == "TakeOver" {
+				continue // there is nothing to take over, and nobody who would
+			}
+			t.Run(fmt.Sprintf("%s of %v", test.name, from), func(t *testing.T) {
+				r := New()
+				route := r.Retain(WebSocket, "a")
+				c := began(t, r, route, from)
+				since := c.since
+				want, ok := test.to[from]
+				if got := test.do(c); got != ok {
+					t.Errorf("got %t, want %t", got, ok)
+				}
+				if !ok || want == self {
+					want = from
+					if c.since != since {
+						t.Error("got the time in the state begun anew, want it to go on")
+					}
+				}
+				if got := c.State(); got != want {
+					t.Errorf("got state %v, want %v", got, want)
+				}
+				switch {
+				case test.name == "TakeOver" && ok:
+					places(t, route, 0, 1)
+					v := c.View()
+					if v.Upstream != "app:81" || v.Dial != "10.1.1.2:80" || v.Resumes != 1 || v.Replayed != 3 {
+						t.Errorf("got %+v, want the other upstream, one resume, 3 replayed", v)
+					}
+				case want == Held || want == Closed:
+					places(t, route, 0, 0)
+				default:
+					places(t, route, 1, 0)
+				}
+				if want == Held && (c.Upstream() != "" || c.View().Dial != "" || len(r.Stats().ByUpstream) != 0) {
+					t.Errorf("got upstream %q, dial %q while held, want none", c.Upstream(), c.View().Dial)
+				}
+				finish(c, Admin)
+				places(t, route, 0, 0)
+				if len(route.upstreams) != 0 {
+					t.Error("got an upstream kept that nobody uses")
+				}
+			})
+		}
+	}
+}
+
+// Taking over on the upstream that was lost keeps what is known of it only if others
+// use it; the count is right in either case.
+func TestTakeOverOnTheSameUpstream(t *testing.T) {
+	for _, from := range []State{Held, Migrating} {
+		r := New()
+		route := r.Retain(WebSocket, "a")
+		c := began(t, r, route, from)
+		if !c.TakeOver(choose(route, "app:80"), "10.1.1.9:80", 0) {
+			t.Fatal("got false, want it open again")
+		}
+		places(t, route, 1, 0)
+		if v := c.View(); v.Dial != "10.1.1.9:80" || v.Replayed != 0 || v.Resumes != 1 || r.Stats().ByUpstream["app:80"] != 1 {
+			t.Errorf("got %+v, want it on the same upstream", v)
+		}
+		finish(c, Idle)
+		places(t, route, 0, 0)
+	}
+}
+
+func TestResumesAddUp(t *testing.T) {
+	r := New()
+	route := r.Retain(WebSocket, "a")
+	c := began(t, r, route, Open)
+	opened := c.View().OpenedAt
+	for n := range 5 {
+		c.Hold()
+		c.TakeOver(choose(route, "app:81"), "", n)
+		c.Migrate()
+		c.TakeOver(choose(route, "app:80"), "", 0)
+	}
+	v := c.View()
+	if v.Resumes != 10 || v.Replayed != 0+1+2+3+4 {
+		t.Errorf("got %d resumes, %d replayed, want 10 and 10", v.Resumes, v.Replayed)
+	}
+	if !v.OpenedAt.Equal(opened) {
+		t.Error("got another opened_at, want that the client's connection is the same")
+	}
+	if c.SetBuffered(77); c.View().Buffered != 77 {
+		t.Errorf("got %d bytes buffered, want 77", c.View().Buffered)
+	}
+	places(t, route, 1, 0)
+}
+
+// What was planned is done when another backend takes over, and stays planned when
+// none does.
+func TestPlannedMove(t *testing.T) {
+	r := New()
+	route := r.Retain(WebSocket, "a")
+	o := new(owner)
+	c := opened(t, r, route, o, "app:80")
+	at := time.Now().Add(time.Minute)
+	told := func() int { _, _, n := o.counts(); return n }
+	before := told()
+	c.MoveAt(at)
+	if !c.PlannedMove().Equal(at) || told() != before+1 {
+		t.Errorf("got %v planned, owner told %d times, want %v and once", c.PlannedMove(), told()-before, at)
+	}
+	c.PlanMove(at.Add(time.Second))
+	if !c.PlannedMove().Equal(at.Add(time.Second)) || told() != before+1 {
+		t.Error("got the owner told of its own plan, want only the plan")
+	}
+	c.Migrate()
+	c.Stay()
+	if c.PlannedMove().IsZero() {
+		t.Error("got the plan forgotten after a move that was not possible")
+	}
+	c.Hold()
+	if c.PlannedMove().IsZero() {
+		t.Error("got the plan forgotten when the backend was lost, want it there until another takes over")
+	}
+	c.TakeOver(choose(route, "app:81"), "", 0)
+	if !c.PlannedMove().IsZero() {
+		t.Error("got a move planned for a connection that has just moved")
+	}
+	c.MoveAt(at)
+	if c.MoveAt(time.Time{}); !c.PlannedMove().IsZero() || told() != before+3 {
+		t.Error("got the plan kept, or the owner not told that it is lifted")
+	}
+}
+
+// mover is an owner that says whether it may be moved.
+type mover struct {
+	owner
+	err   error
+	moves atomic.Int32
+}
+
+func (m *mover) Move() error {
+	m.moves.Add(1)
+	return m.err
+}
+
+func TestMoveAsksTheOwner(t *testing.T) {
+	r := New()
+	route := r.Retain(WebSocket, "a")
+	dialing, m := &mover{err: errors.New("not yet")}, new(mover)
+	c := admit(t, r, route, dialing)
+	if err := c.Move(); err != dialing.err {
+		t.Errorf("got %v while it is dialed, want %v", err, dialing.err)
+	}
+	c.Open("")
+	c.Handover(m)
+	if err := c.Move(); err != nil || m.moves.Load() != 1 || dialing.moves.Load() != 1 {
+		t.Errorf("got %v, session asked %d times, want it asked once", err, m.moves.Load())
+	}
+}
+
+// model is what a record should be.
+type model struct {
+	state  State
+	at     string // where it has a place; "" for none
+	resume int
+}
+
+// What a session, an opening and the admin API may do, in any order: state, places and
+// totals are those of a model after every step.
+func TestRandomLivesBetweenBackends(t *testing.T) {
+	names := []string{"a:80", "b:80", "c:80"}
+	for seed := range uint64(150) {
+		rng := rand.New(rand.NewPCG(seed, 41))
+		r := New()
+		route := r.Retain(WebSocket, "route")
+		models := map[*Conn]*model{}
+		var conns []*Conn
+		var resumed, moved, stayed, lost, ended, endedMoves float64
+		for step := range 300 {
+			if len(conns) == 0 || rng.IntN(8) == 0 {
+				c := admit(t, r, route, new(owner))
+				conns, models[c] = append(conns, c), &model{}
+			}
+			i := rng.IntN(len(conns))
+			c := conns[i]
+			m := models[c]
+			name := names[rng.IntN(len(names))]
+			switch rng.IntN(9) {
+			case 0:
+				if m.state == Connecting {
+					c.Attempt(choose(route, name), name, time.Time{})
+					m.at = name
+				}
+			case 1:
+				if m.state == Connecting {
+					open(c, new(owner), "")
+					m.state = Open
+				}
+			case 2:
+				if ok, want := c.Hold(), m.state == Open || m.state == Migrating || m.state == Held; ok != want {
+					t.Fatalf("seed %d, step %d: Hold of %v: got %t", seed, step, m.state, ok)
+				} else if ok {
+					if m.state == Migrating {
+						lost++
+					}
+					m.state, m.at = Held, ""
+				}
+			case 3, 4:
+				if ok, want := c.Migrate(), m.state == Open; ok != want {
+					t.Fatalf("seed %d, step %d: Migrate of %v: got %t", seed, step, m.state, ok)
+				} else if ok {
+					m.state = Migrating
+				}
+			case 5:
+				if c.Stay(); m.state == Migrating {
+					m.state = Open
+					stayed++
+				}
+			case 6, 7:
+				if m.state == Connecting {
+					break
+				}
+				up := choose(route, name)
+				ok := c.TakeOver(up, name, 1)
+				if want := m.state == Held || m.state == Migrating; ok != want {
+					t.Fatalf("seed %d, step %d: TakeOver of %v: got %t", seed, step, m.state, ok)
+				}
+				if !ok {
+					route.Leave(up)
+					break
+				}
+				if m.state == Held {
+					resumed++
+				} else {
+					moved++
+				}
+				m.state, m.at = Open, name
+				m.resume++
+			case 8:
+				if m.state == Held {
+					ended++
+				} else if m.state == Migrating {
+					endedMoves++
+				}
+				if c.Close(Ending{Reason: Idle}); rng.IntN(2) == 0 {
+					c.Done()
+					conns = append(conns[:i], conns[i+1:]...)
+					delete(models, c)
+				} else {
+					m.state = Closing
+				}
+			}
+			check(t, r, route, seed, step, names, models)
+			if t.Failed() {
+				return
+			}
+		}
+		for _, c := range conns {
+			switch models[c].state {
+			case Held:
+				ended++
+			case Migrating:
+				endedMoves++
+			default: // counted before, or nothing to count
+			}
+			finish(c, Idle)
+		}
+		got := gathered(t, r)
+		for key, want := range map[string]float64{
+			"resumes_total resumed route": resumed, "resumes_total idle route": ended,
+			"migrations_total moved route": moved, "migrations_total stayed route": stayed,
+			"migrations_total lost route": lost, "migrations_total idle route": endedMoves,
+			"replayed_messages_total route": resumed + moved, "held_seconds route": resumed + ended,
+		} {
+			if got[key] != want {
+				t.Errorf("seed %d: %s: got %v, want %v", seed, key, got[key], want)
+			}
+		}
+		if len(route.upstreams) != 0 {
+			t.Fatalf("seed %d: got %d upstreams left, want none", seed, len(route.upstreams))
+		}
+	}
+}
+
+// check compares a registry with models of its connections.
+func check(t *testing.T, r *Registry, route *Route, seed uint64, step int, names []string, models map[*Conn]*model) {
+	t.Helper()
+	want, states := map[string]int{}, map[string]int{}
+	for c, m := range models {
+		if m.at != "" {
+			want[m.at]++
+		}
+		states[m.state.String()]++
+		if v := c.View(); v.State != m.state.String() || v.Upstream != m.at || v.Resumes != m.resume || v.Replayed != m.resume {
+			t.Errorf("seed %d, step %d: got %+v, want %+v", seed, step, v, *m)
+		}
+	}
+	stats := r.Stats()
+	for _, name := range names {
+		if got := placed(route, name); got != want[name] || stats.ByUpstream[name] != want[name] {
+			t.Errorf("seed %d, step %d: %s: got %d places, %d in Stats, want %d", seed, step, name, got, stats.ByUpstream[name], want[name])
+		}
+	}
+	for s := range stateCount {
+		if stats.ByState[s.String()] != states[s.String()] {
+			t.Errorf("seed %d, step %d: got %d %v, want %d", seed, step, stats.ByState[s.String()], s, states[s.String()])
+		}
+	}
+	if len(route.upstreams) != len(want) {
+		t.Errorf("seed %d, step %d: got %d upstreams kept, want the %d in use", seed, step, len(route.upstreams), len(want))
+	}
+}
+
+// Sessions go from backend to backend while others end them, plan for them and look
+// at them: no place is lost, or given back twice, and nobody is counted twice.
+func TestPlacesUnderConcurrency(t *testing.T) {
+	const conns = 64
+	r := New()
+	route := r.Retain(WebSocket, "a")
+	names := []string{"a:80", "b:80", "c:80"}
+	least := func(count func(string) int) string {
+		best := names[0]
+		for _, name := range names {
+			if n := count(name); n < 0 || n > 2*conns {
+				t.Errorf("got %d places taken at %s, want 0 to %d", n, name, 2*conns)
+			} else if n < count(best) {
+				best = name
+			}
+		}
+		return best
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var watchers, lives sync.WaitGroup
+	for range 2 {
+		watchers.Go(func() { // until the last one is done
+			for ctx.Err() == nil {
+				r.MovePaced(route, func(name string) bool { return name == "a:80" }, time.Millisecond)
+				total := 0
+				for _, n := range r.Stats().ByUpstream {
+					total += n
+				}
+				if total > conns {
+					t.Errorf("got %d connections on upstreams, want at most %d", total, conns)
+				}
+				r.List(Filter{Upstream: "b:80"}, 10, "")
+			}
+		})
+	}
+	for i := range conns {
+		c := admit(t, r, route, new(owner))
+		rounds := 100 + i
+		lives.Go(func() { // as a session does
+			rng := rand.New(rand.NewPCG(uint64(i), 6))
+			c.Attempt(route.Choose(least), "", time.Time{})
+			open(c, new(owner), "")
+			for range rounds {
+				moves := rng.IntN(2) == 0
+				if moves {
+					moves = c.Migrate()
+				}
+				if !moves && !c.Hold() {
+					break
+				}
+				up := route.Choose(least)
+				if err := route.Redial(ctx, up, 8); err != nil {
+					t.Error(err)
+				}
+				route.Redialed(up)
+				if rng.IntN(5) == 0 {
+					route.Leave(up) // it refused
+					if moves {
+						c.Stay()
+					}
+					continue
+				}
+				if !c.TakeOver(up, "", 1) {
+					route.Leave(up)
+					break
+				}
+			}
+			c.Close(Ending{Reason: Idle})
+			c.Done()
+		})
+		if i%4 == 0 {
+			lives.Go(func() {
+				for c.View().Resumes < 50 && c.State() != Closed {
+					_ = c.Upstream()
+				}
+				c.Close(Ending{Reason: Admin})
+			})
+		}
+	}
+	lives.Wait()
+	cancel()
+	watchers.Wait()
+	if len(route.upstreams) != 0 || r.Len() != 0 {
+		t.Errorf("got %d upstreams and %d connections left, want none", len(route.upstreams), r.Len())
+	}
+	for key, v := range gathered(t, r) {
+		if strings.HasPrefix(key, "active ") && v != 0 {
+			t.Errorf("%s: got %v, want 0", key, v)
+		}
+	}
+}

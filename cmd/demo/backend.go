@@ -22,10 +22,9 @@ import (
 // the proxy passes the negotiation on.
 const subprotocol = "holdfast-demo"
 
-// maxText bounds the texts of the page, in bytes.
-const maxText = 32 << 10
-
 const (
+	// The longest text that is taken, in bytes.
+	maxText = 32 << 10
 	// A peer that does not take an answer for this long is given up.
 	answerTimeout = 10 * time.Second
 	// How long sessions have for their closing handshake when the backend stops.
@@ -151,12 +150,12 @@ var upgrader = websocket.Upgrader{
 type session struct {
 	backend string
 	conn    *websocket.Conn
-	writing sync.Mutex // held for whole messages, which may be several frames
+	writing sync.Mutex // held for a message: a close frame inside it would tear it
 }
 
 // converse greets and then answers text by text until either side closes. It
-// answers each text, and each ping of the proxy's, before it reads on: what the
-// proxy takes for read is answered.
+// answers each text and each ping before it reads on, so what a pong tells the
+// proxy to be read is answered as well.
 func (s *session) converse(greeting hello) {
 	if s.send(greeting) != nil {
 		return
@@ -164,7 +163,7 @@ func (s *session) converse(greeting hello) {
 	for n := 1; ; n++ {
 		kind, text, err := s.conn.ReadMessage()
 		if _, closed := errors.AsType[*websocket.CloseError](err); closed {
-			s.breaks(false)
+			_ = s.tcp().SetLinger(-1) // all is answered: no reset, see goodbye
 		}
 		if err != nil {
 			return
@@ -179,28 +178,21 @@ func (s *session) converse(greeting hello) {
 	}
 }
 
-// goodbye sends a close frame, which ends what this side may send (RFC 6455
-// §5.5.1), while texts may still be on their way. So converse reads on: if the
-// peer's close frame is next, all was answered, and the end of the connection in
-// good order proves that to the proxy, which repeats nothing. If a text is next,
-// nobody can answer it here any more: the connection is reset, and the proxy
-// replays what was not acknowledged to the next backend.
+// goodbye sends a close frame. After it nothing can be answered any more (RFC 6455
+// §5.5.1), but texts may still be on their way, so converse reads on. If the peer's
+// close frame comes next, all was answered; the connection's end in good order is
+// the proof, and the proxy repeats nothing. If a text comes next, it must not count
+// as read: the connection is reset, and the proxy replays to the next backend what
+// no pong has acknowledged.
 func (s *session) goodbye(code int, reason string) {
 	s.writing.Lock()
 	defer s.writing.Unlock()
-	s.breaks(true)
+	_ = s.tcp().SetLinger(0) // a reset, also if the process ends first
 	_ = s.conn.SetReadDeadline(time.Now().Add(goodbyeTimeout))
 	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason), time.Now().Add(goodbyeTimeout))
 }
 
-// breaks sets whether the end of the connection, or of the process, is a reset.
-func (s *session) breaks(reset bool) {
-	seconds := -1 // the default
-	if reset {
-		seconds = 0
-	}
-	_ = s.conn.NetConn().(*net.TCPConn).SetLinger(seconds)
-}
+func (s *session) tcp() *net.TCPConn { return s.conn.NetConn().(*net.TCPConn) }
 
 func (s *session) send(message any) error {
 	payload, err := json.Marshal(message)

@@ -13,6 +13,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"slices"
@@ -93,6 +94,10 @@ func runDemo(listen, admin string, stdout io.Writer) error {
 		return err
 	}
 	caddy.OnExit(func(context.Context) { r.stop() })
+	// TrapSignals installs its handlers in goroutines, perhaps later than the
+	// Ctrl-C of one who has read the URL.
+	interrupted := make(chan os.Signal, 1) // the first one counts
+	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
 	caddy.TrapSignals()
 
 	for _, c := range r.children {
@@ -100,7 +105,9 @@ func runDemo(listen, admin string, stdout io.Writer) error {
 	}
 	fmt.Fprintf(stdout, "registry on http://%s/connections\n", r.config.API())
 	fmt.Fprintf(stdout, "\nopen %s\n\n(Ctrl-C ends it)\n", r.config.URL())
-	select {}
+	<-interrupted
+	r.end()
+	select {} // until Caddy ends the process
 }
 
 // running is a demo that has started.
@@ -108,6 +115,15 @@ type running struct {
 	config   demoConfig
 	children []*child
 	undo     []func()
+}
+
+// end asks Caddy to end the process. If it is ending already, that changes nothing.
+func (r *running) end() {
+	response, err := http.Post("http://"+r.config.API()+"/stop", "", nil)
+	if err != nil {
+		return // the admin API has ended
+	}
+	response.Body.Close()
 }
 
 // stop undoes all steps of launch, the last one first, but for Caddy.

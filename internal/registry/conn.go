@@ -232,6 +232,6 @@ func (c *Conn) enter(next State, deadline time.Time) bool {
 func (c *Conn) leaveUpstream() {
 	if c.upstream != nil {
 		c.route.release(c.upstream)
-		c.upstream, c.dial = nil, ""
+		c.upstream, c.dial, c.moveAt = nil, "", time.Time{}
 	}
 }

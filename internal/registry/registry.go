@@ -166,18 +166,20 @@ func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 // such plans for all others. It returns how many are to move.
 func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
 	var leaving []*Conn
+	from := make(map[*Conn]string)
 	for _, c := range r.live(route) {
 		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
 		switch {
 		case up != "" && leaves(up):
 			if !planned {
 				leaving = append(leaving, c)
+				from[c] = up
 			}
 		case planned:
-			c.MoveAt(time.Time{})
+			c.moveFrom(up, time.Time{})
 		}
 	}
-	paced(leaving, window, (*Conn).MoveAt)
+	paced(leaving, window, func(c *Conn, at time.Time) { c.moveFrom(from[c], at) })
 	return len(leaving)
 }
 

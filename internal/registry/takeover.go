@@ -52,7 +52,7 @@ func (c *Conn) TakeOver(up *Upstream, dial string, replayed int) bool {
 		return false
 	}
 	c.leaveUpstream()
-	c.upstream, c.dial, c.moveAt = up, dial, time.Time{}
+	c.upstream, c.dial = up, dial
 	c.resumes++
 	c.replayed += replayed
 	if moved {
@@ -78,10 +78,16 @@ func (c *Conn) Move() error {
 	return owner.Move()
 }
 
-// MoveAt plans a move, replacing an earlier plan; a zero time lifts it.
-func (c *Conn) MoveAt(at time.Time) {
+// MoveAt plans a move away from the connection's upstream, replacing an earlier
+// plan; a zero time lifts it.
+func (c *Conn) MoveAt(at time.Time) { c.moveFrom(c.Upstream(), at) }
+
+// moveFrom plans a move away from an upstream, unless the connection has left it.
+func (c *Conn) moveFrom(upstream string, at time.Time) {
 	c.reg.mu.Lock()
-	c.moveAt = at
+	if c.upstreamName() == upstream {
+		c.moveAt = at
+	}
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.Reconsider()

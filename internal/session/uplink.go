@@ -81,6 +81,7 @@ type upstroke struct {
 
 	unit    *frame.Unit // read, and still to be taken
 	begun   *leg        // has got all of the message that unit continues
+	cut     bool        // since the session ends, something was left out
 	garbled bool        // the client's bytes are no frames any more
 }
 
@@ -150,8 +151,9 @@ func (s *Session) take(u *frame.Unit) step {
 			return flush
 		}
 	}
-	if late && (to == nil || !u.First && b.begun != to) {
-		return more // it was not begun there, and is not kept any more
+	if late && (b.cut || to == nil || !u.First && b.begun != to) {
+		b.cut = true // it is not kept any more, and nothing may follow half a message
+		return more
 	}
 	fate := replay.Passed
 	if !late {

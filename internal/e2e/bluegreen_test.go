@@ -156,15 +156,17 @@ func long2(short, other int) int {
 // and wants each echo once and in order.
 type talker struct {
 	id      int
+	ctx     context.Context
 	conn    *websocket.Conn
 	quiet   bool // it wants no echoes
 	sent    atomic.Int64
 	echoed  atomic.Int64
 	quit    chan struct{} // closed by finish
 	sending chan struct{} // closed by send
+	closing atomic.Bool   // it ends as finish wants
 	over    chan struct{} // closed by read
 	fault   string        // valid after over
-	end     ending        // valid after over; zero once finish closed it
+	end     ending        // valid after over; zero if finish closed it
 }
 
 // startTalkers connects clients to backends that echo.
@@ -172,13 +174,24 @@ func startTalkers(t testing.TB, p *proxy, n int) []*talker {
 	t.Helper()
 	all := make([]*talker, n)
 	for i := range n {
-		all[i] = startTalker(t, p, i, "/?echo=1")
+		all[i] = dialTalker(t, p, i, "/?echo=1")
+	}
+	for _, k := range all {
+		k.start()
 	}
 	return all
 }
 
 // startTalker connects a client. Without echo in the target it wants none.
 func startTalker(t testing.TB, p *proxy, id int, target string) *talker {
+	t.Helper()
+	k := dialTalker(t, p, id, target)
+	k.start()
+	return k
+}
+
+// dialTalker connects a client that does not talk before it is started.
+func dialTalker(t testing.TB, p *proxy, id int, target string) *talker {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), long(60*time.Second, 150*time.Second))
 	t.Cleanup(cancel)
@@ -187,18 +200,19 @@ func startTalker(t testing.TB, p *proxy, id int, target string) *talker {
 		t.Fatalf("client %d: %v", id, err)
 	}
 	k := &talker{
-		id: id, conn: conn, quiet: !strings.Contains(target, "echo"),
+		id: id, ctx: ctx, conn: conn, quiet: !strings.Contains(target, "echo"),
 		quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{}),
 	}
 	t.Cleanup(func() { _ = k.conn.CloseNow(); <-k.over })
-	go k.read(ctx)
-	go k.send(ctx)
+	go k.read()
 	return k
 }
 
+func (k *talker) start() { go k.send() }
+
 // send owns writing: a message every 20 to 50 ms. It ends with the connection, or by
 // quit.
-func (k *talker) send(ctx context.Context) {
+func (k *talker) send() {
 	defer close(k.sending)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -210,7 +224,7 @@ func (k *talker) send(ctx context.Context) {
 			return
 		case <-timer.C:
 		}
-		if k.conn.Write(ctx, websocket.MessageText, []byte(numbered(k.id, int(k.sent.Load())))) != nil {
+		if k.conn.Write(k.ctx, websocket.MessageText, []byte(numbered(k.id, int(k.sent.Load())))) != nil {
 			return
 		}
 		k.sent.Add(1)
@@ -218,13 +232,15 @@ func (k *talker) send(ctx context.Context) {
 	}
 }
 
-// read owns reading. It ends with the connection or ctx.
-func (k *talker) read(ctx context.Context) {
+// read owns reading. It ends with the connection or the test.
+func (k *talker) read() {
 	defer close(k.over)
 	for {
-		m, err := readCoder(ctx, k.conn)
+		m, err := readCoder(k.ctx, k.conn)
 		if err != nil {
-			k.end = coderEnding(err)
+			if !k.closing.Load() {
+				k.end = coderEnding(err)
+			}
 			return
 		}
 		n := int(k.echoed.Load())
@@ -265,17 +281,15 @@ func (k *talker) finish(ctx context.Context) bool {
 		}
 	})
 	// Once a pong has come, it is read that reads the answer to the close frame.
-	if err := k.conn.Ping(ctx); err == nil {
-		_ = k.conn.Close(websocket.StatusNormalClosure, "") // read tells
+	if k.conn.Ping(ctx) == nil {
+		k.closing.Store(true)
+		_ = k.conn.Close(websocket.StatusNormalClosure, "")
 	}
 	select {
 	case <-k.over:
 	case <-ctx.Done():
 		_ = k.conn.CloseNow()
 		<-k.over
-	}
-	if k.end.Clean && k.end.Code == 1000 {
-		k.end = ending{}
 	}
 	return came && (k.quiet || k.echoed.Load() == k.sent.Load())
 }

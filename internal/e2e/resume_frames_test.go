@@ -193,6 +193,8 @@ const (
 	byReset   = "RST"
 	byFin     = "FIN"
 	byGoodbye = "close frame" // 1012, and then what the kernel makes of what is unread
+	// 1012, and it reads until it is answered: nothing is in doubt.
+	byFarewell = "closing handshake"
 )
 
 // die ends a backend's connection.
@@ -300,9 +302,14 @@ func (p *upPlay) String() string {
 }
 
 func (p *upPlay) first(c *rawConn) {
+	goodbye := func() { _, _ = c.Write(frame.AppendClose(nil, 1012, "", false)) }
 	var wire bytes.Buffer
 	source := io.Reader(c.Conn) // nothing is buffered above it: nothing has come before the 101
-	if !p.late {
+	switch {
+	case p.late:
+	case p.death == byFarewell:
+		source = io.MultiReader(io.LimitReader(c.Conn, int64(p.n)), &then{Reader: c.Conn, do: goodbye})
+	default:
 		source = io.LimitReader(c.Conn, int64(p.n))
 	}
 	c.br = bufio.NewReader(io.TeeReader(source, &wire))
@@ -310,7 +317,7 @@ func (p *upPlay) first(c *rawConn) {
 	// Frames may come in smaller pieces than they were sent.
 	for !p.late || len(h.messages) < len(want.messages) || len(h.pings) < len(want.pings) {
 		head, payload, err := c.receive()
-		if err != nil {
+		if err != nil || head.OpCode == ws.OpClose {
 			break
 		}
 		if head.OpCode != ws.OpPing || len(payload) != 16 {
@@ -319,8 +326,31 @@ func (p *upPlay) first(c *rawConn) {
 			_, _ = c.Write(frame.Append(nil, ws.OpPong, []byte(payload), false))
 		}
 	}
+	if p.late && p.death == byFarewell {
+		goodbye()
+		for head := (ws.Header{}); head.OpCode != ws.OpClose; {
+			var err error
+			if head, _, err = c.receive(); err != nil {
+				break
+			}
+		}
+	}
 	p.got <- wire.Bytes()
 	c.die(p.death)
+}
+
+// then is a Reader that does something before it is first read.
+type then struct {
+	io.Reader
+	do func()
+}
+
+func (r *then) Read(p []byte) (int, error) {
+	if r.do != nil {
+		r.do()
+		r.do = nil
+	}
+	return r.Reader.Read(p)
 }
 
 // theEnd is what the client says when it knows that there is another backend.
@@ -394,7 +424,7 @@ func (p *upPlay) run(t testing.TB, s *stage) {
 	if closed.code == 1012 {
 		c.sendClose(t, 1012, "")
 		p.ended = true
-		if p.mode != "strict" && p.mode != "streamed" {
+		if p.mode != "strict" && p.mode != "streamed" || p.death == byFarewell && !p.streams() {
 			t.Errorf("%v: the client was ended: %+v", p, closed)
 		}
 		return
@@ -409,6 +439,11 @@ func (p *upPlay) run(t testing.TB, s *stage) {
 		t.Errorf("%v: pongs that the client got: %q, want %q", p, h.pongs, p.pings)
 	}
 	p.check(t, len(before.messages), <-p.again)
+}
+
+// streams reports whether there is a message that the proxy cannot keep.
+func (p *upPlay) streams() bool {
+	return p.mode == "streamed" && slices.ContainsFunc(p.messages, func(m said) bool { return len(m.payload) > 30<<10 })
 }
 
 // check compares what both backends got, of which the first one has read whole messages
@@ -428,13 +463,17 @@ func (p *upPlay) check(t testing.TB, whole int, after *hearing) {
 		t.Errorf("%v: Holdfast-Resume: got %q", p, p.resume)
 	}
 	want := 1006
-	if p.death == byGoodbye {
+	if p.death == byGoodbye || p.death == byFarewell {
 		want = 1012
 	}
 	if cause != want || attempt != 1 {
 		t.Errorf("%v: Holdfast-Resume: got %q, want attempt 1 and cause %d", p, p.resume, want)
 	}
 	repeats, missing := whole-begin, begin-whole
+	if p.death == byFarewell && (repeats > 0 || replayed > 0 || missing > 0 && p.mode != "off") {
+		t.Errorf("%v: the first backend read %d messages and was answered, the second one got the last %d of %d, and %q",
+			p, whole, len(after.messages), len(all), p.resume)
+	}
 	switch p.mode {
 	case "unacked", "streamed":
 		if missing > 0 {
@@ -474,13 +513,13 @@ func TestBackendDiesReading(t *testing.T) {
 	var plays []*upPlay
 	small := smallLines(true)
 	for mode := range replays {
-		step := 3
+		step := 7
 		if mode == "unacked" {
 			step = 1
 		}
 		// The first backend reads the proxy's pings as well: there is more to read.
 		for _, n := range small.every(step) {
-			for _, death := range []string{byReset, byFin, byGoodbye} {
+			for _, death := range []string{byReset, byFin, byGoodbye, byFarewell} {
 				plays = append(plays,
 					&upPlay{lines: small, mode: mode, n: n, death: death, pongs: n%2 == 1},
 					&upPlay{lines: small, mode: mode, n: n, death: death, late: true, pongs: n%2 == 0})
@@ -502,12 +541,12 @@ func TestBackendDiesReadingBig(t *testing.T) {
 	var plays []*upPlay
 	for _, big := range bigLines(true) {
 		for i, n := range big.edges() {
-			for j, death := range []string{byReset, byFin, byGoodbye} {
-				if !full && (i+j)%3 != 0 {
+			for j, death := range []string{byReset, byFin, byGoodbye, byFarewell} {
+				if !full && (i+j)%4 != 0 {
 					continue
 				}
 				for mode := range replays {
-					if !full && mode != "unacked" && (i/3+len(mode))%3 != 0 {
+					if !full && mode != "unacked" && (i/4+len(mode))%5 != 0 {
 						continue
 					}
 					plays = append(plays,

@@ -141,8 +141,8 @@ func TestResumesAddUp(t *testing.T) {
 	places(t, route, 1, 0)
 }
 
-// A plan is for the upstream that is to be left: it is void when the connection is
-// not there any more, and stays when a move was not possible.
+// What was planned is done when another backend takes over, and stays planned when
+// none does.
 func TestPlannedMove(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
@@ -165,8 +165,8 @@ func TestPlannedMove(t *testing.T) {
 		t.Error("got the plan forgotten after a move that was not possible")
 	}
 	c.Hold()
-	if !c.PlannedMove().IsZero() {
-		t.Error("got a move planned for a connection that has lost its backend")
+	if c.PlannedMove().IsZero() {
+		t.Error("got the plan forgotten when the backend was lost, want it there until another takes over")
 	}
 	c.TakeOver(choose(route, "app:81"), "", 0)
 	if !c.PlannedMove().IsZero() {

@@ -63,7 +63,7 @@ func (l *line) Search(i session.Interruption) func(context.Context, int) (*sessi
 			return nil, session.ErrNoUpstream
 		}
 		resume := fmt.Sprintf("attempt=%d, replayed=%d, cause=%d", attempt, i.Replayed, i.Cause)
-		found, err := l.dial(ctx, c, t, l.request.Redial(l.compression, resume))
+		found, err := l.reach(ctx, c, t, l.request.Redial(l.compression, resume), i.Suspect)
 		if err != nil {
 			l.rec.Route().Leave(t.Place)
 			if e := c.Logger.Check(zap.DebugLevel, "upstream does not take the connection over"); e != nil {
@@ -75,7 +75,25 @@ func (l *line) Search(i session.Interruption) func(context.Context, int) (*sessi
 	}
 }
 
-// dial reaches a target, when it is this connection's turn.
+// reach dials a target. One that may break it is alone with it, among its like.
+func (l *line) reach(ctx context.Context, c Config, t *Target, q *handshake.Request, suspect bool) (*session.Found, error) {
+	if !suspect {
+		return l.dial(ctx, c, t, q)
+	}
+	route := l.rec.Route()
+	if err := route.Probation(ctx, t.Place); err != nil {
+		return nil, err
+	}
+	found, err := l.dial(ctx, c, t, q)
+	if err != nil {
+		route.Acquitted(t.Place)
+		return nil, err
+	}
+	found.Acquitted = func() { route.Acquitted(t.Place) }
+	return found, nil
+}
+
+// dial dials a target when it is this connection's turn.
 func (l *line) dial(ctx context.Context, c Config, t *Target, q *handshake.Request) (*session.Found, error) {
 	route := l.rec.Route()
 	if err := route.Redial(ctx, t.Place, c.Concurrency); err != nil {

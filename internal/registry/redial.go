@@ -21,11 +21,28 @@ type redials struct {
 // calls Redialed after the dial. The last caller's limit counts for all: a reload
 // has its effect at once.
 func (t *Route) Redial(ctx context.Context, u *Upstream, limit int) error {
+	return t.takeTurn(ctx, &u.redials, limit)
+}
+
+// Redialed ends what Redial allowed.
+func (t *Route) Redialed(u *Upstream) { t.endTurn(&u.redials) }
+
+// Probation waits until no other connection is on probation with the upstream:
+// one of whose messages may be what breaks backends is to meet the next one
+// without others of which the same could be said. Acquitted ends it.
+func (t *Route) Probation(ctx context.Context, u *Upstream) error {
+	return t.takeTurn(ctx, &u.probation, 1)
+}
+
+// Acquitted ends what Probation allowed.
+func (t *Route) Acquitted(u *Upstream) { t.endTurn(&u.probation) }
+
+func (t *Route) takeTurn(ctx context.Context, r *redials, limit int) error {
 	turn := make(chan struct{})
 	t.reg.mu.Lock()
-	u.redials.limit = limit
-	u.redials.waiting = append(u.redials.waiting, turn)
-	u.redials.next()
+	r.limit = limit
+	r.waiting = append(r.waiting, turn)
+	r.next()
 	t.reg.mu.Unlock()
 	select {
 	case <-turn:
@@ -34,24 +51,23 @@ func (t *Route) Redial(ctx context.Context, u *Upstream, limit int) error {
 	}
 	t.reg.mu.Lock()
 	defer t.reg.mu.Unlock()
-	if i := slices.Index(u.redials.waiting, turn); i >= 0 {
-		u.redials.waiting = slices.Delete(u.redials.waiting, i, i+1)
+	if i := slices.Index(r.waiting, turn); i >= 0 {
+		r.waiting = slices.Delete(r.waiting, i, i+1)
 	} else { // its turn came at the same time
-		u.redials.now--
-		u.redials.next()
+		r.now--
+		r.next()
 	}
 	return ctx.Err()
 }
 
-// Redialed ends what Redial allowed.
-func (t *Route) Redialed(u *Upstream) {
+func (t *Route) endTurn(r *redials) {
 	t.reg.mu.Lock()
 	defer t.reg.mu.Unlock()
-	u.redials.now--
-	u.redials.next()
+	r.now--
+	r.next()
 }
 
-// next lets those dial whose turn it is. Registry.mu is held.
+// next lets those go on whose turn it is. Registry.mu is held.
 func (r *redials) next() {
 	for r.now < r.limit && len(r.waiting) > 0 {
 		close(r.waiting[0])

@@ -144,7 +144,7 @@ func TestRedialGivesUpWithItsContext(t *testing.T) {
 
 // A turn that comes together with the end of the context is handed on.
 func TestRedialTurnThatComesTooLate(t *testing.T) {
-	for seed := range uint64(2000) {
+	for run := range 1000 {
 		route, u := queue(t)
 		if err := route.Redial(t.Context(), u, 1); err != nil {
 			t.Fatal(err)
@@ -167,7 +167,7 @@ func TestRedialTurnThatComesTooLate(t *testing.T) {
 		select {
 		case <-third.done:
 		case <-time.After(5 * time.Second):
-			t.Fatalf("run %d: got the third one waiting for ever after the second gave up (%v)", seed, second.err)
+			t.Fatalf("run %d: got the third one waiting for ever after the second gave up (%v)", run, second.err)
 		}
 		if third.err != nil {
 			t.Fatal(third.err)
@@ -304,8 +304,18 @@ func TestRedialUnderAnotherLimit(t *testing.T) {
 				synctest.Wait()
 			}
 			late := redial(t, route, u, 3) // after a reload
-			if late.allowed() && !early[1].allowed() {
+			for i, d := range early {
+				if got, want := d.allowed(), i < 3; got != want {
+					t.Errorf("number %d of those that waited: got allowed %t, want %t", i, got, want)
+				}
+			}
+			if late.allowed() {
 				t.Error("got one allowed before others that came first")
+			}
+			route.Redialed(u)
+			route.Redialed(u)
+			if !early[3].allowed() || !late.allowed() {
+				t.Error("got some made wait with only one dial under way, want 3 at once")
 			}
 		})
 	})

@@ -34,7 +34,8 @@ type Upstream struct {
 	name  string // as configured
 	conns int    // guarded by Registry.mu
 
-	redials redials
+	redials   redials
+	probation redials // of those whose message may be what breaks it
 
 	// Answers is set once the upstream has answered a ping: only then is its
 	// silence a sign that it is dead.

@@ -141,8 +141,8 @@ func TestResumesAddUp(t *testing.T) {
 	places(t, route, 1, 0)
 }
 
-// What was planned is done when another backend takes over, and stays planned when
-// none does.
+// A plan is for the upstream that the connection is on: it stays when a move was not
+// possible, and goes with the upstream.
 func TestPlannedMove(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
@@ -164,16 +164,19 @@ func TestPlannedMove(t *testing.T) {
 	if c.PlannedMove().IsZero() {
 		t.Error("got the plan forgotten after a move that was not possible")
 	}
-	c.Hold()
-	if c.PlannedMove().IsZero() {
-		t.Error("got the plan forgotten when the backend was lost, want it there until another takes over")
-	}
+	c.Migrate()
 	c.TakeOver(choose(route, "app:81"), "", 0)
 	if !c.PlannedMove().IsZero() {
 		t.Error("got a move planned for a connection that has just moved")
 	}
 	c.MoveAt(at)
-	if c.MoveAt(time.Time{}); !c.PlannedMove().IsZero() || told() != before+3 {
+	c.Hold()
+	if !c.PlannedMove().IsZero() {
+		t.Error("got a move planned away from an upstream that was lost")
+	}
+	c.TakeOver(choose(route, "app:81"), "", 0)
+	c.MoveAt(at)
+	if c.MoveAt(time.Time{}); !c.PlannedMove().IsZero() || told() != before+4 {
 		t.Error("got the plan kept, or the owner not told that it is lifted")
 	}
 }

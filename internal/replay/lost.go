@@ -33,6 +33,12 @@ func (q *Queue) Lost(mode Mode, limit int) (v Verdict, replayed int) {
 	return Resume, replayed
 }
 
+// Suspect reports whether a message has met so many backends in a row that broke
+// that one more would be the limit.
+func (q *Queue) Suspect(limit int) bool {
+	return limit > 1 && len(q.strikes) > 0 && q.strikes[0].upTo > q.acked && q.strikes[0].count >= limit-1
+}
+
 func (q *Queue) verdict(mode Mode, limit int) Verdict {
 	strikes := 0
 	if mode == Unacked && limit > 0 {

@@ -72,6 +72,11 @@ func (p *Pings) Unanswered() (own int) {
 	return own
 }
 
+// Clients reports whether a ping of the client waits.
+func (p *Pings) Clients() bool {
+	return slices.ContainsFunc(p.waiting, func(sent ping) bool { return !sent.own })
+}
+
 // Lost empties the queue, because the backend is gone, and returns the payloads
 // of the client's pings, to be answered by the proxy.
 func (p *Pings) Lost() [][]byte {

@@ -42,7 +42,7 @@ var farewells = map[registry.Reason]farewell{
 	registry.ResumeTimeout:  {codeTryAgainLater, codeNone, "no backend available"},
 	registry.Overflow:       {codeTryAgainLater, codeNone, "too many messages while no backend is available"},
 	registry.InDoubt:        {codeServiceRestart, codeNone, "delivery of a message is in doubt"},
-	registry.Torn:           {codeServiceRestart, codeNone, "a message was cut off"},
+	registry.Torn:           {codeServiceRestart, codeGoingAway, "a message was cut off"},
 	registry.Refused:        {codePolicyViolation, codeNone, "refused by the backend"},
 	registry.Poison:         {codeInternalError, codeNone, "a message breaks the backends"},
 	registry.Shutdown:       {codeServiceRestart, codeGoingAway, "server shutting down"},

@@ -180,7 +180,11 @@ func (s *Session) pongFrom(l *leg, b *batch, u *frame.Unit) (pass bool) {
 // acknowledge lets what was sent before pos go: the backend has read it.
 // Session.mu is held.
 func (s *Session) acknowledge(pos uint64) {
-	s.queue.Ack(pos, s.route.Settings().mode())
+	set := s.route.Settings()
+	s.queue.Ack(pos, set.mode())
+	if !s.queue.Suspect(set.ResumeLimit) {
+		s.acquit(s.backend())
+	}
 	s.rec.SetBuffered(s.queue.Buffered())
 	if s.paused {
 		s.upWork.Store(true)

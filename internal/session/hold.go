@@ -133,7 +133,8 @@ func (s *Session) settle(l *leg) {
 	if doubt {
 		verdict = replay.InDoubt
 	}
-	s.inDoubt = replayed
+	s.inDoubt, s.suspect = replayed, s.queue.Suspect(limit)
+	s.acquit(l)
 	s.rec.SetBuffered(s.queue.Buffered())
 	for _, ping := range s.pings.Lost() {
 		s.answer(ping)
@@ -188,7 +189,7 @@ func (s *Session) seeker(ctx context.Context, from *leg, move bool) {
 // clients of a backend do not all come back at once.
 func (s *Session) resume(ctx context.Context, from *leg) {
 	s.mu.Lock()
-	i := Interruption{Upstream: from.upstream.Name(), Replayed: s.inDoubt, Cause: from.cause}
+	i := Interruption{Upstream: from.upstream.Name(), Replayed: s.inDoubt, Suspect: s.suspect, Cause: from.cause}
 	flaps := s.flaps
 	s.mu.Unlock()
 	try := s.route.Search(i)
@@ -240,6 +241,14 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// acquit ends a session's probation with a backend. Session.mu is held.
+func (s *Session) acquit(l *leg) {
+	if l.acquitted != nil {
+		l.acquitted()
+		l.acquitted = nil
+	}
+}
+
 // takeOver makes what was found the session's backend. If the session has ended
 // meanwhile it is discarded.
 func (s *Session) takeOver(f *Found) {
@@ -247,9 +256,13 @@ func (s *Session) takeOver(f *Found) {
 	defer s.mu.Unlock()
 	if s.closing || !s.rec.TakeOver(f.Upstream, f.Dial, s.inDoubt) {
 		f.Discard()
+		if f.Acquitted != nil {
+			f.Acquitted()
+		}
 		return
 	}
 	l := s.newBackend(f.Upstream, f.Peer)
+	l.acquitted = f.Acquitted
 	l.began = s.now()
 	s.current.Store(l)
 	s.heldAt, s.inDoubt = 0, 0

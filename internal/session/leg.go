@@ -58,6 +58,8 @@ type leg struct {
 	cause   uint16 // the close code it gave, or was given
 	proven  bool   // it has read everything that was written
 
+	acquitted func() // ends the session's probation with the backend; nil: none
+
 	// What acknowledges messages; guarded by Session.mu.
 	pinged     time.Duration // when the first ping of the session's own was sent
 	lastPing   time.Duration // … and the last one …

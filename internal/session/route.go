@@ -69,6 +69,7 @@ type Interruption struct {
 	Upstream string // the upstream of the backend that is lost or left
 	Move     bool   // the old backend still serves; only another upstream will do
 	Replayed int    // how many messages at the start may be repeats
+	Suspect  bool   // a message may be what breaks backends; see Found.Acquitted
 	Cause    uint16 // the close code; 1006: the connection broke, 1001: it is moved
 }
 
@@ -78,6 +79,10 @@ type Found struct {
 	Upstream *registry.Upstream // a place in its count is taken
 	Dial     string             // the address that was dialed
 	Discard  func()             // closes the connection and gives the place back
+
+	// Acquitted, if it is not nil, is called once when the backend has read what was
+	// suspect, or is gone, or is discarded: other suspects wait for that.
+	Acquitted func()
 }
 
 // A search ends with these errors; any other one is a reason to try again.

@@ -91,8 +91,9 @@ type Session struct {
 	pongs   [][]byte     // answers to the client's pings, for the downlink
 	paused  bool         // the uplink waits for room, or for a backend
 	heldAt  time.Duration
-	inDoubt int // messages that may be repeats for the next backend
-	flaps   int // backends in a row that were lost soon
+	suspect bool // one of them may be what breaks backends
+	inDoubt int  // messages that may be repeats for the next backend
+	flaps   int  // backends in a row that were lost soon
 	search  search
 
 	moveAfter time.Duration // a planned move is not tried before
@@ -148,6 +149,7 @@ func (s *Session) finish() {
 	s.backend().close()
 	s.mu.Lock()
 	s.queue.Drop()
+	s.acquit(s.backend())
 	s.mu.Unlock()
 	s.rec.Done()
 }

@@ -294,7 +294,8 @@ func (s *Session) drain(b *leg) {
 }
 
 // controlUp handles a ping or a pong of the client. Without a backend the
-// session answers pings itself; pongs were for a backend that is gone.
+// session answers pings itself, after those that are on their way to one that is
+// being left; pongs were for a backend that is gone.
 func (s *Session) controlUp(u *frame.Unit) {
 	payload := u.Unmasked()
 	if u.Op == ws.OpPong && s.own.has(payload) {
@@ -304,8 +305,9 @@ func (s *Session) controlUp(u *frame.Unit) {
 	b := s.backend()
 	pass := b.writable() && !b.lost
 	if u.Op == ws.OpPing {
-		pass = pass && s.pings.Sent(payload, false, s.queue.Mark())
-		if !pass && !s.closing {
+		known := (pass || !b.settled && s.pings.Clients()) && s.pings.Sent(payload, false, s.queue.Mark())
+		pass = pass && known
+		if !known && !s.closing {
 			s.answer(payload)
 		}
 	}

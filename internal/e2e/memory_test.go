@@ -79,8 +79,13 @@ func echoLarge(t *testing.T, c *rawConn) {
 }
 
 // settledMemory is the process's resident memory in KiB once it stays the same.
+// Garbage is collected first: when that happens by itself is no property of idle
+// connections.
 func settledMemory(t *testing.T, p *process) float64 {
 	t.Helper()
+	if status, _ := p.request(t, "GET", "/debug/pprof/heap?gc=1"); status != 200 {
+		t.Fatalf("collecting garbage: got status %d", status)
+	}
 	last, since := 0.0, time.Now()
 	eventually(10*time.Second, func() bool {
 		now := residentMemory(t, p.cmd.Process.Pid)

@@ -183,7 +183,7 @@ func (s *Session) acknowledge(pos uint64) {
 	set := s.route.Settings()
 	s.queue.Ack(pos, set.mode())
 	if !s.queue.Suspect(set.ResumeLimit) {
-		s.acquit(s.backend())
+		s.acquit()
 	}
 	s.rec.SetBuffered(s.queue.Buffered())
 	if s.paused {

@@ -134,7 +134,7 @@ func (s *Session) settle(l *leg) {
 		verdict = replay.InDoubt
 	}
 	s.inDoubt, s.suspect = replayed, s.queue.Suspect(limit)
-	s.acquit(l)
+	s.acquit()
 	s.rec.SetBuffered(s.queue.Buffered())
 	for _, ping := range s.pings.Lost() {
 		s.answer(ping)
@@ -241,11 +241,11 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// acquit ends a session's probation with a backend. Session.mu is held.
-func (s *Session) acquit(l *leg) {
-	if l.acquitted != nil {
-		l.acquitted()
-		l.acquitted = nil
+// acquit ends the session's probation with its backend. Session.mu is held.
+func (s *Session) acquit() {
+	if s.acquitted != nil {
+		s.acquitted()
+		s.acquitted = nil
 	}
 }
 
@@ -262,7 +262,7 @@ func (s *Session) takeOver(f *Found) {
 		return
 	}
 	l := s.newBackend(f.Upstream, f.Peer)
-	l.acquitted = f.Acquitted
+	s.acquitted = f.Acquitted
 	l.began = s.now()
 	s.current.Store(l)
 	s.heldAt, s.inDoubt = 0, 0

@@ -19,13 +19,13 @@ const (
 // past is a deadline that wakes a Read at once.
 var past = time.Unix(1, 0)
 
-// leg is one peer's connection. Times are on the session's clock; 0 is never.
+// leg is one peer's connection. Times are on the session's clock; 0 is never. The
+// fields are in this order, flags together, because legs are most of what an idle
+// session costs.
 type leg struct {
-	side     uint8
 	conn     Conn
 	upstream *registry.Upstream // a backend's
-
-	in frame.Reader // used by the pump that reads the leg
+	in       frame.Reader       // used by the pump that reads the leg
 
 	// Written by the pumps, read by the clock.
 	reading   atomic.Int64 // since when the leg is being read without a break
@@ -37,30 +37,31 @@ type leg struct {
 	pingBegan atomic.Int64 // when writing the oldest unanswered ping began …
 	pingDone  atomic.Int64 // … and when it had been written
 
-	// Left with the leg for the pump that writes it; guarded by Session.mu.
+	side uint8
+
+	// All that follows is guarded by Session.mu. Left with the leg for the pump that
+	// writes it:
 	wantPing  bool
 	wantClose bool
 	closeCode uint16
 	closeText string
 
-	// How far the end has come; guarded by Session.mu.
+	// How far the end has come.
 	said   bool          // a close frame was written, or is being written
-	saidAt time.Duration // when it had been written
 	heard  bool          // a close frame was received, with code echo
-	echo   uint16
-	broken time.Duration // since when writes fail
 	gone   bool          // nothing more is read from or written to it
+	echo   uint16        //
+	saidAt time.Duration // when our close frame had been written
+	broken time.Duration // since when writes fail
 
-	// How a backend was lost; guarded by Session.mu.
-	parting time.Duration // since when it is being left in good order
+	// How a backend was lost.
 	lost    bool
-	settled bool   // accounts are settled: another leg may take over
-	cause   uint16 // the close code it gave, or was given
-	proven  bool   // it has read everything that was written
+	settled bool          // accounts are settled: another leg may take over
+	proven  bool          // it has read everything that was written
+	cause   uint16        // the close code it gave, or was given
+	parting time.Duration // since when it is being left in good order
 
-	acquitted func() // ends the session's probation with the backend; nil: none
-
-	// What acknowledges messages; guarded by Session.mu.
+	// What acknowledges messages.
 	pinged     time.Duration // when the first ping of the session's own was sent
 	lastPing   time.Duration // … and the last one …
 	pingMark   uint64        // … with what it acknowledges

@@ -86,15 +86,16 @@ type Session struct {
 	finished   bool
 	lifeBegins time.Duration
 
-	queue   replay.Queue
-	pings   replay.Pings // those on their way to the current backend
-	pongs   [][]byte     // answers to the client's pings, for the downlink
-	paused  bool         // the uplink waits for room, or for a backend
-	heldAt  time.Duration
-	suspect bool // one of them may be what breaks backends
-	inDoubt int  // messages that may be repeats for the next backend
-	flaps   int  // backends in a row that were lost soon
-	search  search
+	queue     replay.Queue
+	pings     replay.Pings // those on their way to the current backend
+	pongs     [][]byte     // answers to the client's pings, for the downlink
+	paused    bool         // the uplink waits for room, or for a backend
+	heldAt    time.Duration
+	inDoubt   int    // messages that may be repeats for the next backend
+	suspect   bool   // one of them may be what breaks backends
+	acquitted func() // ends the probation with the current backend; nil: none
+	flaps     int    // backends in a row that were lost soon
+	search    search
 
 	moveAfter time.Duration // a planned move is not tried before
 }
@@ -149,7 +150,7 @@ func (s *Session) finish() {
 	s.backend().close()
 	s.mu.Lock()
 	s.queue.Drop()
-	s.acquit(s.backend())
+	s.acquit()
 	s.mu.Unlock()
 	s.rec.Done()
 }

@@ -128,6 +128,7 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer conn.Close()
 	conn.SetReadLimit(maxText)
 	s := &session{backend: b.name, conn: conn}
+	conn.SetCloseHandler(s.echoClose)
 	// 1001 tells the proxy that this backend goes away and the session may
 	// go on elsewhere.
 	defer context.AfterFunc(b.stop, func() {
@@ -190,6 +191,13 @@ func (s *session) goodbye(code int, reason string) {
 	_ = s.tcp().SetLinger(0) // a reset, also if the process ends first
 	_ = s.conn.SetReadDeadline(time.Now().Add(goodbyeTimeout))
 	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason), time.Now().Add(goodbyeTimeout))
+}
+
+// echoClose answers the peer's close frame with the same code and reason, which
+// the page shows.
+func (s *session) echoClose(code int, reason string) error {
+	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason), time.Now().Add(goodbyeTimeout))
+	return nil // converse ends anyway
 }
 
 func (s *session) tcp() *net.TCPConn { return s.conn.NetConn().(*net.TCPConn) }

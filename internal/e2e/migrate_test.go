@@ -527,3 +527,72 @@ func TestMigrateFromABackendThatDies(t *testing.T) {
 	}
 	t.Logf("%v", &sum)
 }
+
+// A connection may end while it is between two backends. What its client has sent
+// before it closed is delivered; nothing is left of it in the end.
+func TestEndWhileMigrating(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		end  func(t *testing.T, p *proxy, id string, c *rawConn)
+		// after is called once the old backend has gone.
+		after     func(t *testing.T, c *rawConn)
+		reason    string
+		delivered bool // the message that came meanwhile
+	}{
+		{"the client closes", func(t *testing.T, p *proxy, id string, c *rawConn) { c.sendClose(t, 1000, "bye") }, func(t *testing.T, c *rawConn) {
+			if code, _, before, err := c.receiveClose(); err != nil || code != 1000 {
+				t.Errorf("close: got %d after %q, %v; want 1000", code, before, err)
+			}
+		}, "client_closed", true},
+		{"the client sends its FIN", func(t *testing.T, p *proxy, id string, c *rawConn) { _ = c.Conn.(*net.TCPConn).CloseWrite() }, nil, "client_gone", true},
+		{"the client is gone", func(t *testing.T, p *proxy, id string, c *rawConn) {
+			_ = c.Conn.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}, nil, "client_gone", false},
+		{"the admin API ends it", func(t *testing.T, p *proxy, id string, c *rawConn) {
+			if status := p.call(t, http.MethodDelete, "/connections/"+id+"?code=4001", nil); status != http.StatusNoContent {
+				t.Errorf("got %d, want 204", status)
+			}
+			if code, _, before, err := c.receiveClose(); err != nil || code != 4001 {
+				t.Errorf("close: got %d after %q, %v; want 4001", code, before, err)
+			}
+			c.sendClose(t, 4001, "")
+		}, nil, "admin", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a, b := startWitness(t), startWitness(t)
+			hold := make(chan struct{})
+			a.hold = hold
+			p := startCaddy(t, "metrics", "websocket_proxy "+a.addr+" {\n name app\n}")
+			before := p.stats(t).ClosedByReason[test.reason]
+			c := rawDial(t, p.addr, "")
+			p.reload(t, p.siteConfig("metrics", "websocket_proxy "+a.addr+" "+b.addr+" {\n name app\n}"))
+			id := p.connections(t)[0].ID
+			if status := p.migrate(t, id); status != http.StatusAccepted {
+				t.Fatalf("got %d, want 202", status)
+			}
+			if !eventually(5*time.Second, func() bool { _, _, code := a.got(); return code == 1001 }) {
+				t.Fatal("the old backend is not told")
+			}
+			c.send(t, ws.OpText, "meanwhile")
+			if !eventually(5*time.Second, func() bool { return p.resumed(t)[0].Buffered > 0 }) {
+				t.Fatalf("got %+v, want the message kept", p.resumed(t))
+			}
+			test.end(t, p, id, c)
+			pass(100 * time.Millisecond)
+			close(hold)
+			if test.after != nil {
+				test.after(t, c)
+			}
+			p.waitEmpty(t)
+			if got := p.stats(t).ClosedByReason[test.reason] - before; got != 1 {
+				t.Errorf("closed as %s: got %d, want one: %v", test.reason, got, p.stats(t).ClosedByReason)
+			}
+			_, texts, _ := b.got()
+			if test.delivered && !slices.Equal(texts, []string{"meanwhile"}) || !test.delivered && len(texts) > 0 {
+				t.Errorf("new backend: got %q, want what the client sent before it closed: %t", texts, test.delivered)
+			}
+			t.Log(grep(p.scrape(t), "caddy_connections_migrations_total"))
+		})
+	}
+}

@@ -433,22 +433,22 @@ func TestMigrateBackAndForth(t *testing.T) {
 	moves := long2(20, 50)
 	a, b := startBackend(t, "coder", "a"), startBackend(t, "gorilla", "b")
 	n := startBackend(t, "node", "n")
-	modes := []string{"unacked", "unsent", "strict", "off"}
+	settings := []string{"replay unacked", "replay unsent", "replay strict", "replay off", "ping_interval off"}
 	var site strings.Builder
-	for i, mode := range modes {
-		to := [][2]*backendProcess{{a, b}, {a, n}, {n, b}, {b, a}}[i]
-		fmt.Fprintf(&site, "handle /%s {\n websocket_proxy %s %s {\n name %s\n replay %s\n }\n}\n", mode, to[0].addr, to[1].addr, mode, mode)
+	for i, more := range settings {
+		to := [][2]*backendProcess{{a, b}, {a, n}, {n, b}, {b, a}, {a, b}}[i]
+		fmt.Fprintf(&site, "handle /%d {\n websocket_proxy %s %s {\n name route%d\n %s\n }\n}\n", i, to[0].addr, to[1].addr, i, more)
 	}
 	p := startCaddy(t, "", site.String())
 	var all []*talker
-	for i, mode := range modes {
-		all = append(all, startTalker(t, p, i, "/"+mode+"?echo=1"))
+	for i := range settings {
+		all = append(all, startTalker(t, p, i, fmt.Sprintf("/%d?echo=1", i)))
 	}
 	on := make(map[string]string) // upstream by id
 	for _, c := range p.connections(t) {
 		on[c.ID] = c.Upstream
 	}
-	if len(on) != len(modes) {
+	if len(on) != len(settings) {
 		t.Fatalf("connections: got %v", on)
 	}
 	for n := range moves {

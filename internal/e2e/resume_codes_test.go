@@ -103,8 +103,18 @@ func startChange(t testing.TB, b *change, options string) *pairing {
 func TestCodesThatEnd(t *testing.T) {
 	for _, options := range []string{"", "resume_on 4000", "replay strict"} {
 		for _, tt := range []says{
-			{1000, "bye"}, {1000, ""}, {1002, "protocol"}, {1003, "unsupported"}, {1007, "not UTF-8"}, {1008, "policy"}, {1009, "too big"},
-			{1010, "extension"}, {1011, "internal"}, {3000, "unauthorized"}, {4001, strings.Repeat("\u20ac", 41)}, {frame.NoStatus, ""},
+			{1000, "bye"},
+			{1000, ""},
+			{1002, "protocol"},
+			{1003, "unsupported"},
+			{1007, "not UTF-8"},
+			{1008, "policy"},
+			{1009, "too big"},
+			{1010, "extension"},
+			{1011, "internal"},
+			{3000, "unauthorized"},
+			{4001, strings.Repeat("\u20ac", 41)},
+			{frame.NoStatus, ""},
 		} {
 			t.Run(fmt.Sprintf("%s/%d", options, tt.code), func(t *testing.T) {
 				var b *change
@@ -148,8 +158,13 @@ func TestCodesThatResume(t *testing.T) {
 		code    uint16
 		ends    bool
 	}{
-		{"", 1001, false}, {"", 1012, false}, {"", 1013, false}, {"", 1014, true},
-		{"resume_on 4000 1011", 4000, false}, {"resume_on 4000 1011", 1011, false}, {"resume_on 4000 1011", 1012, true},
+		{"", 1001, false},
+		{"", 1012, false},
+		{"", 1013, false},
+		{"", 1014, true},
+		{"resume_on 4000 1011", 4000, false},
+		{"resume_on 4000 1011", 1011, false},
+		{"resume_on 4000 1011", 1012, true},
 		{"resume_timeout off", 1012, true},
 	} {
 		t.Run(fmt.Sprintf("%s/%d", tt.options, tt.code), func(t *testing.T) {

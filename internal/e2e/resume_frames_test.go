@@ -396,7 +396,8 @@ func (p *upPlay) run(t testing.TB, s *stage) {
 		}
 	}
 
-	h, closed := new(hearing), says{}
+	h := new(hearing)
+	var closed says
 	for {
 		head, payload, err := c.receive()
 		if err != nil {
@@ -641,7 +642,8 @@ func (p *downPlay) run(t testing.TB, s *stage) {
 	p.thanked = make(chan *hearing, 1)
 	c := s.enter(t, "unacked", p)
 	defer c.Close()
-	h, closed := new(hearing), says{}
+	h := new(hearing)
+	var closed says
 	for closed.code == 0 {
 		head, payload, err := c.receive()
 		if err != nil {

@@ -348,7 +348,9 @@ func TestSearchFails(t *testing.T) {
 			p.concurrency = 1
 			for range 2 { // the second one would wait for ever if the turn were lost
 				began := time.Now()
-				_, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				_, err := l.Search(session.Interruption{Upstream: "a"})(ctx, 1)
 				if err == nil || !strings.Contains(err.Error(), test.want) {
 					t.Errorf("got %v, want %q", err, test.want)
 				}

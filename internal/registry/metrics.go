@@ -73,8 +73,10 @@ func newMetrics(replayBytes func() int64) *metrics {
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.active, m.openedTotal, m.closedTotal, m.bytesTotal, m.messagesTotal, m.duration,
-		m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes}
+	return []prometheus.Collector{
+		m.active, m.openedTotal, m.closedTotal, m.bytesTotal, m.messagesTotal, m.duration,
+		m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes,
+	}
 }
 
 // bind makes the series of a route that are counted on the path of every

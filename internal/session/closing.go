@@ -49,14 +49,6 @@ var farewells = map[registry.Reason]farewell{
 	registry.Admin:          {codeGoingAway, codeGoingAway, ""},
 }
 
-// offended is the reason when the peer of l broke the protocol.
-func offended(l *leg) registry.Reason {
-	if l.side == clientSide {
-		return registry.ClientProtocol
-	}
-	return registry.BackendBroke
-}
-
 // vanished is the reason when the peer of l is gone without a close frame.
 func vanished(l *leg) registry.Reason {
 	if l.side == clientSide {

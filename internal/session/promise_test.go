@@ -106,13 +106,14 @@ func (r *rig) wantKept(want promise) {
 			r.t.Errorf("%v: backend %d was told of %d repeats, want none", want.mode, i, p.told.Replayed)
 		}
 	}
-	if !r.live() && !(r.rec.Ending().Reason == registry.ClientClosed && r.heardClose(used[len(used)-1])) {
+	delivered := r.rec.Ending().Reason == registry.ClientClosed && r.heardClose(used[len(used)-1])
+	if !r.live() && !delivered {
 		return
 	}
 	if want.mode != replay.Unacked {
 		next = wrote
 	}
-	if next != len(want.sent) && !(want.mode == replay.Off || may(next, len(want.sent))) {
+	if next != len(want.sent) && want.mode != replay.Off && !may(next, len(want.sent)) {
 		r.t.Errorf("%v: got %d messages delivered, want all %d while the session lives", want.mode, next, len(want.sent))
 	}
 }

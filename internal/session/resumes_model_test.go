@@ -237,12 +237,11 @@ func (l *trial) speak() {
 	if l.ended {
 		return
 	}
-	op, text := ws.OpText, ""
+	op, begins := ws.OpText, fmt.Sprintf("c%d", len(l.messages))
 	if l.begun {
-		op, text = ws.OpContinuation, l.text("")
-	} else {
-		text = l.text(fmt.Sprintf("c%d", len(l.messages)))
+		op, begins = ws.OpContinuation, ""
 	}
+	text := l.text(begins)
 	fin := l.rng.IntN(4) > 0
 	l.open += text
 	l.begun = !fin
@@ -340,6 +339,7 @@ func (l *trial) check() {
 	switch s := l.rec.State(); s {
 	case registry.Held, registry.Migrating, registry.Closing:
 		l.t.Errorf("got the session %v after two minutes with a backend that lives, want it to go on or to be closed", s)
+	default:
 	}
 	l.wantKept(promise{mode: l.mode, sent: l.messages})
 	l.wantPassed()
@@ -373,6 +373,7 @@ func (l *trial) check() {
 		ok = set.WriteTimeout > 0
 	case registry.PingTimeout:
 		ok = set.PingInterval > 0
+	default: // somebody has to have asked for it
 	}
 	if !ok {
 		l.t.Errorf("got the end (%s), for which there was no reason", end)

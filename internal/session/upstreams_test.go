@@ -126,6 +126,7 @@ func (r *testRoute) Search(i Interruption) func(context.Context, int) (*Found, e
 			return nil, errDial
 		case refuses:
 			return nil, &RefusedError{Status: 403}
+		default:
 		}
 		found, p := r.connect(name, i, attempt, next)
 		r.mu.Lock()

@@ -224,10 +224,22 @@ func (b *backendProcess) restart(t testing.TB, flags ...string) {
 	b.start(t, flags...)
 }
 
-// freeze stops the process without ending it: its sockets live, nobody reads them.
+// freeze stops the process without ending it: its sockets live, nobody reads them. It
+// returns when no thread of it runs any more.
 func (b *backendProcess) freeze(t testing.TB) {
 	t.Helper()
 	b.signal(t, syscall.SIGSTOP)
+	threads := fmt.Sprintf("/proc/%d/task/*/stat", b.life.cmd.Process.Pid)
+	if !eventually(10*time.Second, func() bool {
+		files, _ := filepath.Glob(threads)
+		return len(files) > 0 && !slices.ContainsFunc(files, func(file string) bool {
+			stat, _ := os.ReadFile(file)
+			_, state, _ := bytes.Cut(stat, []byte(") "))
+			return !bytes.HasPrefix(state, []byte("T"))
+		})
+	}) {
+		t.Fatalf("backend %s does not stop", b.name)
+	}
 }
 
 // thaw lets it go on.

@@ -156,7 +156,13 @@ func (s *senders) outage(t testing.TB, lose func(testing.TB, ...*backendProcess)
 	s.pause(true)
 	pass(long(between, 3*time.Second))
 	lose(t, backends...)
-	s.pause(false)
+	if s.doubt && !eventually(10*time.Second, func() bool {
+		on := s.proxy.stats(t).ByUpstream
+		return !slices.ContainsFunc(backends, func(b *backendProcess) bool { return on[b.addr] > 0 })
+	}) {
+		t.Error("connections are still counted with backends that are gone")
+	}
+	s.pause(false) // not before: what is written to a backend that is gone is in doubt
 	var from []int
 	if len(backends) > 1 { // all there are
 		s.settled(t, "held")

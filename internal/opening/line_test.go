@@ -420,7 +420,9 @@ func TestSearchTakesItsTurn(t *testing.T) {
 	for range searches {
 		try := l.Search(session.Interruption{Upstream: "a"})
 		all.Go(func() {
-			found, err := try(t.Context(), 1)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			found, err := try(ctx, 1)
 			if err != nil {
 				t.Error(err)
 				return

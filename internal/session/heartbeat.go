@@ -101,17 +101,19 @@ func (s *Session) checkAcks(b *leg, now time.Duration, set *Settings) (due time.
 	if !set.wantsAcks() || !s.queue.Outstanding() {
 		return now + dormant
 	}
-	due = now + activePeriod
+	due = now + closingPeriod
 	silent := b.pinged != 0 && now-b.pinged >= set.PingTimeout && !b.upstream.Answers.Load()
 	if silent && !b.upstream.Warned.Swap(true) {
 		s.route.Unanswering(b.upstream)
 	}
 	if set.PingInterval <= 0 || silent {
 		s.drainedAcks(b, now, set)
-		return due
+		return due + activePeriod
 	}
-	if !b.writable() || now-b.lastPing < askPeriod && b.lastPing != 0 ||
-		b.reading.Load() == 0 || b.writing.Load() != 0 || !s.calm(b, now) {
+	if wait := b.lastPing + askPeriod - now; wait > 0 && b.lastPing != 0 {
+		return now + wait
+	}
+	if !b.writable() || b.reading.Load() == 0 || b.writing.Load() != 0 || !s.calm(b, now) {
 		return due
 	}
 	asked := b.pingMark >= s.queue.Mark() && s.pings.Unanswered() > 0
@@ -121,7 +123,7 @@ func (s *Session) checkAcks(b *leg, now time.Duration, set *Settings) (due time.
 	if overdue || !asked && s.mayAsk(b) {
 		s.wantPing(b)
 	}
-	return due
+	return now + activePeriod
 }
 
 // drainedAcks takes messages for acknowledged whose bytes the backend's kernel had

@@ -172,7 +172,11 @@ func query(r *http.Request, known ...string) (map[string]string, error) {
 		delete(values, name)
 	}
 	for name := range values {
-		return nil, refuse(http.StatusBadRequest, fmt.Errorf("unknown parameter %q: want %s", name, strings.Join(known, ", ")))
+		want := strings.Join(known, ", ")
+		if want == "" {
+			want = "none"
+		}
+		return nil, refuse(http.StatusBadRequest, fmt.Errorf("unknown parameter %q: want %s", name, want))
 	}
 	return q, nil
 }

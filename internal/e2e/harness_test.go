@@ -98,7 +98,13 @@ func (p *proxy) load(t testing.TB, caddyfile string) {
 // reload loads a Caddyfile through the admin API.
 func (p *proxy) reload(t testing.TB, caddyfile string) {
 	t.Helper()
-	res, err := http.Post("http://"+p.admin+"/load", "text/caddyfile", strings.NewReader(caddyfile))
+	req, err := http.NewRequest(http.MethodPost, "http://"+p.admin+"/load", strings.NewReader(caddyfile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "text/caddyfile")
+	req.Close = true // a reload restarts the admin endpoint, which may reset a connection that idles
+	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

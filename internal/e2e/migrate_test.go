@@ -451,6 +451,7 @@ func TestMigrateBackAndForth(t *testing.T) {
 	if len(on) != len(settings) {
 		t.Fatalf("connections: got %v", on)
 	}
+	began := time.Now()
 	for n := range moves {
 		for id := range on {
 			if status := p.migrate(t, id); status != http.StatusAccepted {
@@ -472,6 +473,10 @@ func TestMigrateBackAndForth(t *testing.T) {
 				t.Errorf("move %d: got %+v, want nothing replayed", n, c)
 			}
 		}
+	}
+	// A backend that gets nothing more falls silent: nobody waits for quietTimeout.
+	if took := time.Since(began) / time.Duration(moves); took > 1500*time.Millisecond {
+		t.Errorf("got a move every %v, want them within a fraction of a second", took)
 	}
 	finishTalkers(t, all)
 	wantWhole(t, all, moves+1, a, b, n)

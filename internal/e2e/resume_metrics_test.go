@@ -146,7 +146,8 @@ func TestMetricsOfResumes(t *testing.T) {
 // value returns the value of a series, 0 if it is not there.
 func (p *proxy) value(t testing.TB, series string) float64 {
 	t.Helper()
-	for _, line := range grep(p.scrape(t), series+" ") {
+	if lines := grep(p.scrape(t), series+" "); len(lines) > 0 {
+		line := lines[0]
 		v, err := strconv.ParseFloat(strings.TrimPrefix(line, series+" "), 64)
 		if err != nil {
 			t.Fatalf("%s: %v", line, err)

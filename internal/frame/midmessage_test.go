@@ -23,8 +23,10 @@ func TestMidMessage(t *testing.T) {
 	}{
 		{"whole", [][]byte{frame(ws.OpText, true, "a"), frame(ws.OpBinary, true, "")}, []bool{false, false}},
 		{"fragments", [][]byte{frame(ws.OpText, false, "a"), frame(ws.OpContinuation, false, ""), frame(ws.OpContinuation, true, "b")}, []bool{true, true, false}},
-		{"control frames between", [][]byte{frame(ws.OpPing, true, ""), frame(ws.OpText, false, "a"), frame(ws.OpPing, true, "p"), frame(ws.OpPong, true, ""),
-			frame(ws.OpContinuation, true, "b"), frame(ws.OpPong, true, "")}, []bool{false, true, true, true, false, false}},
+		{"control frames between", [][]byte{
+			frame(ws.OpPing, true, ""), frame(ws.OpText, false, "a"), frame(ws.OpPing, true, "p"), frame(ws.OpPong, true, ""),
+			frame(ws.OpContinuation, true, "b"), frame(ws.OpPong, true, ""),
+		}, []bool{false, true, true, true, false, false}},
 		{"close in the middle", [][]byte{frame(ws.OpText, false, "a"), frame(ws.OpClose, true, "\x03\xe8")}, []bool{true, true}},
 		{"empty fragments", [][]byte{frame(ws.OpText, false, ""), frame(ws.OpContinuation, true, "")}, []bool{true, false}},
 	} {

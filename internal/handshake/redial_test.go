@@ -47,16 +47,24 @@ func TestRedialOffersWhatTheClientWasTold(t *testing.T) {
 	}{
 		{"nothing offered", "", "", "", ""},
 		{"declined", "permessage-deflate", "", "permessage-deflate; client_no_context_takeover", ""},
-		{"agreed", "permessage-deflate", "permessage-deflate", "permessage-deflate; client_no_context_takeover",
-			"permessage-deflate; client_no_context_takeover"},
-		{"agreed with a window", "permessage-deflate; server_max_window_bits=10", "permessage-deflate; server_max_window_bits=10",
-			"permessage-deflate; client_no_context_takeover; server_max_window_bits=10",
-			"permessage-deflate; client_no_context_takeover; server_max_window_bits=10"},
-		{"unasked window", "permessage-deflate", "permessage-deflate; server_max_window_bits=10",
-			"permessage-deflate; client_no_context_takeover", "permessage-deflate; client_no_context_takeover"},
-		{"told more than it asked", "permessage-deflate", "permessage-deflate; server_no_context_takeover",
+		{
+			"agreed", "permessage-deflate", "permessage-deflate", "permessage-deflate; client_no_context_takeover",
 			"permessage-deflate; client_no_context_takeover",
-			"permessage-deflate; client_no_context_takeover; server_no_context_takeover"},
+		},
+		{
+			"agreed with a window", "permessage-deflate; server_max_window_bits=10", "permessage-deflate; server_max_window_bits=10",
+			"permessage-deflate; client_no_context_takeover; server_max_window_bits=10",
+			"permessage-deflate; client_no_context_takeover; server_max_window_bits=10",
+		},
+		{
+			"unasked window", "permessage-deflate", "permessage-deflate; server_max_window_bits=10",
+			"permessage-deflate; client_no_context_takeover", "permessage-deflate; client_no_context_takeover",
+		},
+		{
+			"told more than it asked", "permessage-deflate", "permessage-deflate; server_no_context_takeover",
+			"permessage-deflate; client_no_context_takeover",
+			"permessage-deflate; client_no_context_takeover; server_no_context_takeover",
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var lines []string

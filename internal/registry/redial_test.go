@@ -115,11 +115,11 @@ func TestRedialGivesUpWithItsContext(t *testing.T) {
 		if !first.allowed() {
 			t.Fatal("got the first one made wait")
 		}
-		second, third, fourth := redial(t, route, u, 1), (*dialer)(nil), (*dialer)(nil)
+		second := redial(t, route, u, 1)
 		synctest.Wait()
-		third = redial(t, route, u, 1)
+		third := redial(t, route, u, 1)
 		synctest.Wait()
-		fourth = redial(t, route, u, 1)
+		fourth := redial(t, route, u, 1)
 		synctest.Wait()
 		third.cancel()
 		synctest.Wait()

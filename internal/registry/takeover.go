@@ -48,7 +48,7 @@ func (c *Conn) TakeOver(up *Upstream, dial string, replayed int) bool {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
 	moved := c.state == Migrating
-	if !c.enter(Open, time.Time{}) {
+	if c.state != Held && !moved || !c.enter(Open, time.Time{}) {
 		return false
 	}
 	c.leaveUpstream()

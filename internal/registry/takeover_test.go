@@ -287,10 +287,12 @@ func TestRandomLivesBetweenBackends(t *testing.T) {
 				m.state, m.at = Open, name
 				m.resume++
 			case 8:
-				if m.state == Held {
+				switch m.state {
+				case Held:
 					ended++
-				} else if m.state == Migrating {
+				case Migrating:
 					endedMoves++
+				default: // it had its backend
 				}
 				if c.Close(Ending{Reason: Idle}); rng.IntN(2) == 0 {
 					c.Done()

@@ -66,13 +66,13 @@ func (s *Session) move(ctx context.Context, from *leg) bool {
 		if found != nil {
 			found.Discard()
 		}
-		return !s.waitFor(ctx, partingTimeout, func() (bool, time.Duration) { return from.settled, partingTimeout })
+		return !s.waitFor(ctx, dormant, func() (bool, time.Duration) { return from.settled, dormant })
 	case found == nil:
 		s.stay()
 		s.mu.Unlock()
 		return true
 	}
-	s.search.found, s.search.halt = found, true
+	s.search.found, s.search.halt = found, !s.closing
 	s.wakeUplink()
 	s.mu.Unlock()
 	if !s.vacate(ctx, from) {
@@ -147,8 +147,8 @@ func (s *Session) vacate(ctx context.Context, from *leg) bool {
 		s.lookSoon(closingPeriod)
 	}
 	s.mu.Unlock()
-	settled := func() (bool, time.Duration) { return from.settled, partingTimeout }
-	return s.waitFor(ctx, 2*partingTimeout, settled) // the clock gives it up after one
+	// The clock gives it up after partingTimeout; only the session's end is no end of this.
+	return s.waitFor(ctx, dormant, func() (bool, time.Duration) { return from.settled, dormant })
 }
 
 // waitFor waits until ready says so and returns true, or returns false after

@@ -1,7 +1,10 @@
 package e2e
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"strconv"
@@ -102,4 +105,135 @@ func cpuTime(b *testing.B, p *process) time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// BenchmarkReplay measures what replay costs while no backend is lost: the same
+// messages through a proxy that keeps them until they are acknowledged and through
+// one that does not, in turns, so that both meet the same machine. A ratio above 1
+// says how much more CPU time per message replay takes, or how many more messages a
+// second there are with it.
+//
+//	go test -run '^$' -bench Replay -count 10 ./internal/e2e/
+func BenchmarkReplay(b *testing.B) {
+	sunk := make(chan struct{}, 16)
+	backend := rawBackend(b, func(r *http.Request, c *rawConn) { serveBench(r, c, sunk) })
+	var sides [2]*process // replay unacked, replay off
+	for i, replay := range [2]string{"unacked", "off"} {
+		sides[i] = startBinary(b, "", "websocket_proxy "+backend+" {\n replay "+replay+"\n}")
+	}
+	for _, size := range []int{64, 64 << 10} {
+		for _, way := range []string{"echo", "one-way"} {
+			b.Run(fmt.Sprintf("%d/%s", size, way), func(b *testing.B) { benchmarkReplay(b, sides, size, way, sunk) })
+		}
+	}
+}
+
+// benchmarkReplay lets 16 clients of each proxy share b.N messages, in 20 turns.
+func benchmarkReplay(b *testing.B, sides [2]*process, size int, way string, sunk <-chan struct{}) {
+	const clients, turns = 16, 20
+	var conns [2][clients]*rawConn
+	for side, p := range sides {
+		for i := range clients {
+			request := strings.Replace(rawUpgrade(p.addr, ""), "x=1", way, 1)
+			res, c := rawRequest(b, p.addr, request)
+			if res.StatusCode != http.StatusSwitchingProtocols {
+				b.Fatalf("status %d", res.StatusCode)
+			}
+			_ = c.SetDeadline(time.Time{})
+			defer c.Close()
+			conns[side][i] = c
+		}
+	}
+	message := frame.Append(nil, ws.OpBinary, make([]byte, size), true)
+	last := frame.Append(nil, ws.OpBinary, make([]byte, size-1), true)
+	var cpu, wall [2]time.Duration
+	b.SetBytes(2 * int64(size))
+	b.ResetTimer()
+	for turn := range turns {
+		n := max(1, (b.N+turn)/turns/clients) // for each client
+		for i := range sides {
+			side := (i + turn) % 2
+			before, began := cpuTime(b, sides[side]), time.Now()
+			var wg sync.WaitGroup
+			for _, c := range conns[side] {
+				if way == "echo" {
+					wg.Go(func() { roundTrips(b, c, message, size, n) })
+				} else {
+					wg.Go(func() { sendAll(b, c, message, last, n) })
+				}
+			}
+			wg.Wait()
+			if way != "echo" {
+				for range clients {
+					<-sunk
+				}
+			}
+			wall[side] += time.Since(began)
+			cpu[side] += cpuTime(b, sides[side]) - before
+		}
+	}
+	b.StopTimer()
+	b.ReportMetric(float64(cpu[0])/float64(cpu[1]), "cpu-ratio")
+	b.ReportMetric(float64(wall[1])/float64(wall[0]), "rate-ratio")
+	b.ReportMetric(float64(cpu[0])/float64(b.N)/1e3, "unacked-cpu-µs/msg")
+	b.ReportMetric(float64(cpu[1])/float64(b.N)/1e3, "off-cpu-µs/msg")
+}
+
+func sendAll(b *testing.B, c *rawConn, message, last []byte, n int) {
+	for i := range n {
+		if i == n-1 {
+			message = last
+		}
+		if _, err := c.Write(message); err != nil {
+			b.Error(err)
+			return
+		}
+	}
+}
+
+// serveBench echoes or, for a one-way client, notes when a message came that is one
+// byte short: the last one of a turn. It answers pings.
+func serveBench(r *http.Request, c *rawConn, sunk chan<- struct{}) {
+	if c.accept(r) != nil {
+		return
+	}
+	_ = c.SetDeadline(time.Time{})
+	br := bufio.NewReaderSize(c.Conn, 72<<10)
+	if early, _ := c.br.Peek(c.br.Buffered()); len(early) > 0 {
+		br = bufio.NewReaderSize(io.MultiReader(bytes.NewReader(early), c.Conn), 72<<10)
+	}
+	echo := r.URL.RawQuery == "echo"
+	var answer bytes.Buffer
+	for {
+		h, err := ws.ReadHeader(br)
+		if err != nil {
+			return
+		}
+		if !h.OpCode.IsControl() && !echo {
+			if _, err := br.Discard(int(h.Length)); err != nil {
+				return
+			}
+			if h.Length%2 == 1 {
+				sunk <- struct{}{}
+			}
+			continue
+		}
+		mask := h.Mask
+		h.Masked, h.Mask = false, [4]byte{}
+		if h.OpCode == ws.OpPing {
+			h.OpCode = ws.OpPong
+		}
+		answer.Reset()
+		_ = ws.WriteHeader(&answer, h) // to memory
+		head := answer.Len()
+		if _, err := io.CopyN(&answer, br, h.Length); err != nil {
+			return
+		}
+		if h.OpCode.IsControl() { // at the bytes of messages nobody looks
+			ws.Cipher(answer.Bytes()[head:], mask, 0)
+		}
+		if _, err := c.Write(answer.Bytes()); err != nil || h.OpCode == ws.OpClose {
+			return
+		}
+	}
 }

@@ -187,7 +187,10 @@ func (s *Session) checkLeg(l *leg, now time.Duration, set *Settings) (registry.R
 		}
 		due = min(due, now+activePeriod)
 	}
-	if s.stalled(l, now, set.WriteTimeout) {
+	if l.writing.Load() != 0 || s.unanswered(l) {
+		l.observe(now)
+	}
+	if l.stalled(now, set.WriteTimeout) {
 		return unheard(l, registry.WriteTimeout), due
 	}
 	dead, next := s.heartbeat(l, now, reading, set)
@@ -212,6 +215,17 @@ func (s *Session) checkBackend(b *leg, now time.Duration, set *Settings) (lost b
 	if why != "" {
 		return true, due
 	}
+	if s.fullAt != 0 && set.WriteTimeout > 0 {
+		// The client is read no further because of what the backend does not take.
+		by := max(s.fullAt, s.ackedAt) + set.WriteTimeout
+		if set.PingInterval <= 0 || !b.upstream.Answers.Load() {
+			by += set.PingTimeout // that long its kernel's acknowledgement has to wait
+		}
+		if now >= by {
+			return true, due
+		}
+		due = min(due, by)
+	}
 	if b.parting != 0 {
 		// It has its time from when it could know.
 		by := max(b.parting, b.saidAt) + partingTimeout
@@ -233,15 +247,23 @@ func (s *Session) vanishedUnread(l *leg) bool {
 	return info.Reset || info.Finished && info.Unread == 0 && l.unpassed.Load() == 0 && !lastWord
 }
 
+// observe notes whether the peer's kernel has acknowledged more. While bytes wait
+// here because there is no room at the peer, that means that its application reads,
+// however slowly: a ping is behind all of that. Session.mu is held.
+func (l *leg) observe(now time.Duration) {
+	info, known := l.ask()
+	if !known || info.Acked == l.acked {
+		return
+	}
+	l.acked, l.progressed = info.Acked, now
+	if info.Unsent > 0 {
+		l.taking = now
+	}
+}
+
 // stalled reports whether a write to l has gone on for limit without the peer's
 // kernel taking a byte. Session.mu is held.
-func (s *Session) stalled(l *leg, now, limit time.Duration) bool {
+func (l *leg) stalled(now, limit time.Duration) bool {
 	since := time.Duration(l.writing.Load())
-	if since == 0 || limit <= 0 || now-since < activePeriod/2 {
-		return false
-	}
-	if info, known := l.ask(); known && info.Acked != l.acked {
-		l.acked, l.progressed = info.Acked, now
-	}
-	return now-max(since, l.progressed) >= limit
+	return since != 0 && limit > 0 && now-max(since, l.progressed) >= limit
 }

@@ -182,6 +182,7 @@ func (s *Session) pongFrom(l *leg, b *batch, u *frame.Unit) (pass bool) {
 func (s *Session) acknowledge(pos uint64) {
 	set := s.route.Settings()
 	s.queue.Ack(pos, set.mode())
+	s.ackedAt = s.now()
 	if !s.queue.Suspect(set.ResumeLimit) {
 		s.acquit()
 	}

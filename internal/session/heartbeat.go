@@ -35,10 +35,10 @@ func (s *Session) heartbeat(l *leg, now, reading time.Duration, set *Settings) (
 		pinged := time.Duration(l.pingDone.Load())
 		if reading == 0 {
 			next = now + activePeriod // suspended
-		} else if by := max(pinged, reading) + set.PingTimeout; now >= by {
+		} else if by := max(pinged, reading, l.taking) + set.PingTimeout; now >= by {
 			return true, now
 		} else {
-			next = by
+			next = min(by, now+activePeriod) // it may take what is in front of the ping
 		}
 	}
 	// A shorter interval after a reload counts at once.
@@ -88,10 +88,11 @@ func (s *Session) asks(b *leg) bool {
 	if !set.wantsAcks() || !s.mayAsk(b) || !s.queue.Outstanding() || !s.calm(b, now) {
 		return false
 	}
-	if b.lastPing == 0 || now-b.lastPing >= askPeriod {
-		return true
+	if s.queue.Mark()-b.pingMark >= askBytes {
+		return s.pings.Unanswered() < mostAsked
 	}
-	return s.queue.Mark()-b.pingMark >= askBytes && s.pings.Unanswered() < mostAsked
+	// What is left of a replay follows at once: one ping for all of it.
+	return !s.queue.Backlog() && (b.lastPing == 0 || now-b.lastPing >= askPeriod)
 }
 
 // checkAcks leaves a ping with b if messages wait for their acknowledgement and

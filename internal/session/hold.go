@@ -65,7 +65,7 @@ func (s *Session) hold() bool {
 		if !s.rec.Hold() {
 			return false
 		}
-		s.heldAt = s.now()
+		s.heldAt, s.fullAt = s.now(), 0
 	}
 	return true
 }
@@ -265,7 +265,8 @@ func (s *Session) takeOver(f *Found) {
 	s.acquitted = f.Acquitted
 	l.began = s.now()
 	s.current.Store(l)
-	s.heldAt, s.inDoubt = 0, 0
+	l.pingMark = s.queue.Mark() // nothing was written to it yet
+	s.heldAt, s.fullAt, s.inDoubt = 0, 0, 0
 	s.search.cancel()
 	s.search = search{}
 	s.wakeUplink()

@@ -70,7 +70,8 @@ type leg struct {
 	nextPing   time.Duration // when a heartbeat is due; 0: to be planned
 	began      time.Duration // when the leg took over
 	acked      uint64        // what the peer's kernel had acknowledged …
-	progressed time.Duration // … and when that number last grew
+	progressed time.Duration // … and when that number last grew …
+	taking     time.Duration // … with more waiting: somebody reads there
 }
 
 func (l *leg) init(side uint8, peer Peer, compressed bool) {

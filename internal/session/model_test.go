@@ -327,7 +327,8 @@ func at(tokens []token, i int) any {
 
 // tokens tells of a stream what has to stay as it is whatever its frames are cut
 // into, up to the first close frame. The session's own frames, whose payload is
-// its nonce, are left out.
+// its nonce, are left out, and so are the client's pings and the pongs to them: a
+// client that takes nothing is answered by the session (see wantPonged).
 func (l *life) tokens(wire []byte, own ws.OpCode) (all []token) {
 	for len(wire) > 0 {
 		head, size, ok := parseHeader(wire)
@@ -340,7 +341,8 @@ func (l *life) tokens(wire []byte, own ws.OpCode) (all []token) {
 			ws.Cipher(payload, head.Mask, 0)
 		}
 		whole := len(payload) == int(head.Length)
-		if head.OpCode.IsControl() && (!whole || head.OpCode == own && l.session.own.has(payload)) {
+		clients := head.OpCode == ws.OpPing && head.Masked || head.OpCode == ws.OpPong && !head.Masked
+		if head.OpCode.IsControl() && (!whole || clients || head.OpCode == own && l.session.own.has(payload)) {
 			continue
 		}
 		if head.OpCode != ws.OpContinuation {

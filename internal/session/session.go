@@ -87,9 +87,11 @@ type Session struct {
 	lifeBegins time.Duration
 
 	queue     replay.Queue
-	pings     replay.Pings // those on their way to the current backend
-	pongs     [][]byte     // answers to the client's pings, for the downlink
-	paused    bool         // the uplink waits for room, or for a backend
+	pings     replay.Pings  // those on their way to the current backend
+	pongs     [][]byte      // answers to the client's pings, for the downlink
+	paused    bool          // the uplink waits for room, or for a backend
+	fullAt    time.Duration // since when the queue has no room though there is a backend
+	ackedAt   time.Duration // when the queue was last told of an acknowledgement
 	heldAt    time.Duration
 	inDoubt   int    // messages that may be repeats for the next backend
 	suspect   bool   // one of them may be what breaks backends

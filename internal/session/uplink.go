@@ -166,16 +166,30 @@ func (s *Session) take(u *frame.Unit) step {
 			return flush // it may count as something that could be let go
 		case to == nil && s.overflows():
 			return overflow
-		default:
-			return wait
+		case to != nil:
+			s.full(to)
 		}
+		return wait
 	case replay.Dropped:
 		b.begun = nil
 		return more
 	default:
+		s.fullAt = 0
 		b.add(u)
 		b.to, b.kept, b.late, b.begun = to, fate == replay.Kept, late, to
 		return more
+	}
+}
+
+// full asks a backend for an acknowledgement, once for what it has, because there is
+// no room for more until it comes. Session.mu is held.
+func (s *Session) full(to *leg) {
+	if s.fullAt == 0 {
+		s.fullAt = s.now()
+	}
+	if s.queue.Outstanding() && to.pingMark < s.queue.Mark() && s.mayAsk(to) && s.calm(to, s.now()) {
+		to.wantPing = true
+		s.upWork.Store(true)
 	}
 }
 
@@ -305,6 +319,9 @@ func (s *Session) controlUp(u *frame.Unit) {
 	b := s.backend()
 	pass := b.writable() && !b.lost
 	if u.Op == ws.OpPing {
+		// One that the backend cannot answer, because the client takes nothing, would
+		// get stuck there, as our own would: it waits here, behind what is not taken.
+		pass = pass && s.calm(b, s.now())
 		known := (pass || !b.settled && s.pings.Clients()) && s.pings.Sent(payload, false, s.queue.Mark())
 		pass = pass && known
 		if !known && !s.closing {

@@ -479,11 +479,12 @@ func TestManyResumes(t *testing.T) {
 				return
 			}
 			reply := ws.NewTextFrame([]byte(payload))
-			switch {
-			case h.OpCode == ws.OpPing:
+			switch h.OpCode {
+			case ws.OpPing:
 				reply = ws.NewPongFrame([]byte(payload))
-			case h.OpCode == ws.OpClose:
+			case ws.OpClose:
 				return
+			default: // data
 			}
 			if _, err := c.Write(ws.MustCompileFrame(reply)); err != nil {
 				return

@@ -3,181 +3,17 @@
 package opening
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"go.uber.org/zap"
-
-	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
-	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
-	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
-
-// backend answers handshakes by its script: a status, or 101 with some lines more.
-type backend struct {
-	status int
-	lines  []string
-	early  string
-	refuse error         // of the dial
-	wait   chan struct{} // closed when it may answer; nil: at once
-
-	mu       sync.Mutex
-	requests []*http.Request
-	open     int // connections
-	dialing  int // those that are not answered yet
-	most     int // … at once
-}
-
-// dial connects to the backend.
-func (b *backend) dial(context.Context) (net.Conn, error) {
-	if b.refuse != nil {
-		return nil, b.refuse
-	}
-	near, far := net.Pipe()
-	b.mu.Lock()
-	b.open++
-	b.dialing++
-	b.most = max(b.most, b.dialing)
-	b.mu.Unlock()
-	go b.serve(far)
-	return near, nil
-}
-
-// serve owns one connection: it ends when the other side closes it.
-func (b *backend) serve(conn net.Conn) {
-	defer func() {
-		conn.Close()
-		b.mu.Lock()
-		b.open--
-		b.mu.Unlock()
-	}()
-	br := bufio.NewReader(conn)
-	r, err := http.ReadRequest(br)
-	if err != nil {
-		return
-	}
-	b.mu.Lock()
-	b.requests = append(b.requests, r)
-	b.mu.Unlock()
-	if b.wait != nil {
-		<-b.wait
-	}
-	answer := fmt.Sprintf("HTTP/1.1 %d Status\r\nContent-Length: 0\r\n\r\n", b.status)
-	if b.status == http.StatusSwitchingProtocols {
-		answer = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " +
-			handshake.AcceptKey(r.Header.Get("Sec-WebSocket-Key")) + "\r\n" + strings.Join(append(b.lines, ""), "\r\n") + "\r\n" + b.early
-	}
-	b.mu.Lock()
-	b.dialing--
-	b.mu.Unlock()
-	if _, err := io.WriteString(conn, answer); err != nil {
-		return
-	}
-	_, _ = io.Copy(io.Discard, br)
-}
-
-// asked returns the Holdfast-Resume headers that the backend got.
-func (b *backend) asked() (resume []string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, r := range b.requests {
-		resume = append(resume, r.Header.Get("Holdfast-Resume"))
-	}
-	return resume
-}
-
-// testPool is a route with named upstreams, in the order in which they are tried.
-type testPool struct {
-	route       *registry.Route
-	backends    map[string]*backend
-	names       []string
-	concurrency int
-	redials     []string // the calls of Redial
-}
-
-func (p *testPool) Settings() *session.Settings    { return new(session.Settings) }
-func (p *testPool) Leaves(string) bool             { return false }
-func (p *testPool) Others(string) bool             { return true }
-func (p *testPool) Unanswering(*registry.Upstream) {}
-
-func (p *testPool) Redial(q *handshake.Request, last string, move bool) Config {
-	p.redials = append(p.redials, fmt.Sprintf("last=%s move=%t", last, move))
-	names := slices.Clone(p.names)
-	return Config{
-		Next: func() *Target {
-			if len(names) == 0 {
-				return nil
-			}
-			name := names[0]
-			names = names[1:]
-			return &Target{
-				Place: p.route.Choose(func(func(string) int) string { return name }), Address: "dial of " + name,
-				Dial: p.backends[name].dial,
-			}
-		},
-		DialTimeout: time.Second, HandshakeTimeout: 2 * time.Second, Concurrency: p.concurrency, Logger: zap.NewNop(),
-	}
-}
-
-// places returns how many places are taken at an upstream.
-func (p *testPool) places(name string) (n int) {
-	p.route.Choose(func(conns func(string) int) string {
-		n = conns(name)
-		return ""
-	})
-	return n
-}
-
-// told is what the client was told when its connection was opened.
-type told struct {
-	subprotocol string
-	offer       []string // the client's Sec-WebSocket-Extensions
-	answer      []string // the first backend's
-}
-
-// newTestLine makes a connection whose client was told something, on a route with
-// upstreams a and b.
-func newTestLine(t *testing.T, was told, backends map[string]*backend, names ...string) (*line, *testPool) {
-	t.Helper()
-	reg := registry.New()
-	p := &testPool{route: reg.Retain(registry.WebSocket, "route"), backends: backends, names: names, concurrency: 64}
-	rec, err := reg.Admit(p.route, registry.Info{Kind: registry.WebSocket}, New(t.Context()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET /chat?x=1 HTTP/1.1\r\nHost: example.com\r\nCookie: a=1\r\n" +
-		"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
-		"Sec-WebSocket-Protocol: one, two\r\n\r\n")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	offer := deflate.Negotiate(was.offer, deflate.On)
-	q, err := handshake.NewRequest(r, rec.ID(), false, offer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	agreed, err := offer.Accept(was.answer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return newLine(rec, p, &Answer{request: q, res: &handshake.Response{Subprotocol: was.subprotocol, Compression: agreed}}), p
-}
-
-// accepting is a backend that accepts, with some lines more.
-func accepting(lines ...string) *backend {
-	return &backend{status: http.StatusSwitchingProtocols, lines: lines}
-}
 
 func TestSearchFindsABackend(t *testing.T) {
 	b := accepting("Sec-WebSocket-Protocol: one")
@@ -442,14 +278,4 @@ func TestSearchTakesItsTurn(t *testing.T) {
 	if n := p.places("b"); n != 0 || len(b.asked()) != searches {
 		t.Errorf("got %d places taken, %d handshakes, want none, %d", n, len(b.asked()), searches)
 	}
-}
-
-// eventually polls until cond holds, and reports whether it did.
-func eventually(cond func() bool) bool {
-	for until := time.Now().Add(10 * time.Second); !cond(); time.Sleep(time.Millisecond) {
-		if time.Now().After(until) {
-			return false
-		}
-	}
-	return true
 }

@@ -303,5 +303,4 @@ func (p *proxy) replayBytes(t testing.TB) int64 {
 	return 0
 }
 
-
 func newReader(conn net.Conn) *bufio.Reader { return bufio.NewReader(conn) }

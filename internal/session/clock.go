@@ -249,7 +249,8 @@ func (s *Session) vanishedUnread(l *leg) bool {
 
 // observe notes whether the peer's kernel has acknowledged more. While bytes wait
 // here because there is no room at the peer, that means that its application reads,
-// however slowly: a ping is behind all of that. Session.mu is held.
+// however slowly: a ping is behind all of that. What is merely on its way says
+// nothing: the kernel of a frozen peer goes on taking it. Session.mu is held.
 func (l *leg) observe(now time.Duration) {
 	info, known := l.ask()
 	if !known || info.Acked == l.acked {

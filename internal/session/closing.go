@@ -209,7 +209,7 @@ func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool
 		if l.gone || l.saidAt == 0 || silence < answerTimeout {
 			continue
 		}
-		if info, known := l.ask(); !known || info.Unsent == 0 || info.Reset {
+		if info, known := l.ask(); !known || info.Unacked == 0 || info.Reset {
 			l.gone = true
 			if l.side == clientSide {
 				s.wakeUplink() // which reads it

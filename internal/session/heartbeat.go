@@ -135,7 +135,7 @@ func (s *Session) drainedAcks(b *leg, now time.Duration, set *Settings) {
 		b.drained = 0
 	}
 	if b.drained == 0 && s.queue.Outstanding() && b.writing.Load() == 0 {
-		if info, known := b.ask(); !known || info.Unsent == 0 {
+		if info, known := b.ask(); !known || info.Unacked == 0 {
 			b.drained, b.drainMark = now, s.queue.Mark()
 		}
 	}

@@ -149,6 +149,22 @@ func TestABackendThatStopsAnsweringIsLost(t *testing.T) {
 	})
 }
 
+// Its kernel goes on taking what the backend sends, and something is on its way
+// whenever the clock looks.
+func TestAFrozenClientIsFoundWhileItsKernelTakesData(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{settings: defaults, client: manners{mute: true}})
+		r.legs[clientSide].out.update(func() { r.legs[clientSide].out.under = 20 })
+		for range 90 {
+			r.pass(time.Second)
+			if r.live() {
+				r.backend.send(r.backend.text("tick"))
+			}
+		}
+		r.wantEnd(10*time.Second, registry.PingTimeout, "1001 ping timeout", "1001")
+	})
+}
+
 func TestAClientThatAnswersWithinThePingTimeoutLives(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := start(t, setup{settings: Settings{PingInterval: time.Second, PingTimeout: 30 * time.Second}, client: manners{mute: true}})

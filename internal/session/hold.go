@@ -108,7 +108,7 @@ func (s *Session) proof(l *leg, err error) bool {
 	info, known := l.ask()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == io.EOF && l.heard && l.saidAt != 0 && l.broken == 0 && known && info.Unsent == 0 && !info.Reset
+	return err == io.EOF && l.heard && l.saidAt != 0 && l.broken == 0 && known && info.Unacked == 0 && !info.Reset
 }
 
 // settle finds out what the lost backend leaves to the next one. Only the uplink

@@ -97,7 +97,7 @@ func TestMemConnKeepsTheContractOfConn(t *testing.T) {
 			wantInfo(t, b, sock.Info{Unread: 12})
 			go func() { _, _ = a.Write(make([]byte, 20)) }()
 			synctest.Wait()
-			wantInfo(t, a, sock.Info{Acked: 16, Unsent: 16})
+			wantInfo(t, a, sock.Info{Acked: 16, Unacked: 16, Unsent: 16})
 			for range 2 {
 				_, _ = b.Read(make([]byte, 16))
 				synctest.Wait()

@@ -47,6 +47,7 @@ type stream struct {
 
 	written uint64  // bytes ever taken
 	waiting int     // bytes of Writes that wait for room
+	under   int     // bytes that are always on their way, for SockInfo
 	log     *[]byte // all bytes that Writes got rid of, if not nil
 }
 
@@ -136,7 +137,7 @@ func (c *memConn) SockInfo() (info sock.Info, ok bool) {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
 	info.Reset = info.Reset || c.out.refused
-	info.Unsent = c.out.waiting
+	info.Unacked, info.Unsent = c.out.waiting+c.out.under, c.out.waiting
 	info.Acked = c.out.written
 	return info, true
 }

@@ -19,7 +19,7 @@ func (k *knowing) SockInfo() (Info, bool) { return k.info, k.known }
 func TestAskerAnswersForItself(t *testing.T) {
 	near, far := net.Pipe()
 	t.Cleanup(func() { _, _ = near.Close(), far.Close() })
-	want := Info{Reset: true, Finished: true, Unread: 3, Unsent: 5, Acked: 7}
+	want := Info{Reset: true, Finished: true, Unread: 3, Unacked: 6, Unsent: 5, Acked: 7}
 	if got, known := Ask(&knowing{near, want, true}); !known || got != want {
 		t.Errorf("got %+v, known %t, want %+v", got, known, want)
 	}

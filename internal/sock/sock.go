@@ -18,8 +18,11 @@ type Info struct {
 	Finished bool
 	// Unread is the number of bytes that wait to be read.
 	Unread int
-	// Unsent is the number of bytes written that the peer's kernel has not
+	// Unacked is the number of bytes written that the peer's kernel has not
 	// acknowledged; for Unix sockets, of kernel memory that they take.
+	Unacked int
+	// Unsent is, for TCP, how many of those have not been sent, because the peer's
+	// kernel has no room for them or the network was slower; 0 for Unix sockets.
 	Unsent int
 	// Acked counts, for TCP, the bytes that the peer's kernel has acknowledged
 	// over the connection's life; 0 for Unix sockets.

@@ -13,9 +13,9 @@ func ask(fd int) (info Info, ok bool) {
 	info.Finished = fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP) != 0
 	// These do not fail on an open stream socket; an error leaves the zero.
 	info.Unread, _ = unix.IoctlGetInt(fd, unix.SIOCINQ)
-	info.Unsent, _ = unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+	info.Unacked, _ = unix.IoctlGetInt(fd, unix.SIOCOUTQ)
 	if tcp, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-		info.Acked = tcp.Bytes_acked
+		info.Acked, info.Unsent = tcp.Bytes_acked, int(tcp.Notsent_bytes)
 	}
 	return info, true
 }

@@ -74,7 +74,7 @@ func TestAskIdle(t *testing.T) {
 	u, _ := unixPair(t)
 	for _, conn := range []net.Conn{a, u} {
 		info, known := Ask(conn)
-		if !known || info.Reset || info.Finished || info.Unread != 0 || info.Unsent != 0 {
+		if !known || info.Reset || info.Finished || info.Unread != 0 || info.Unacked != 0 {
 			t.Errorf("%s: got %+v, known %t, want all zero but Acked", conn.LocalAddr().Network(), info, known)
 		}
 	}
@@ -172,11 +172,12 @@ func TestAskReset(t *testing.T) {
 }
 
 // What the peer's application does not read its kernel still takes, up to its
-// buffer; what that does not take is unsent. A reader makes Acked grow.
-func TestAskUnsentAndAcked(t *testing.T) {
+// buffer; what that does not take is not acknowledged, and soon not even sent. A
+// reader makes Acked grow.
+func TestAskUnackedAndAcked(t *testing.T) {
 	a, b := tcpPair(t)
 	write(t, a, 1000)
-	before := await(t, a, "1000 bytes acknowledged", func(i Info) bool { return i.Unsent == 0 && i.Acked >= 1000 })
+	before := await(t, a, "1000 bytes acknowledged", func(i Info) bool { return i.Unacked == 0 && i.Acked >= 1000 })
 
 	written := make(chan int, 1)
 	go func() { // ends at the deadline
@@ -184,15 +185,18 @@ func TestAskUnsentAndAcked(t *testing.T) {
 		n, _ := a.Write(make([]byte, 64<<20))
 		written <- n
 	}()
-	await(t, a, "bytes unsent", func(i Info) bool { return i.Unsent > 0 })
+	await(t, a, "bytes unacknowledged", func(i Info) bool { return i.Unacked > 0 })
 	total := 1000 + <-written
 	stalled := await(t, a, "bytes unsent", func(i Info) bool { return i.Unsent > 0 })
-	if got := int(stalled.Acked-before.Acked) + stalled.Unsent + 1000; got < total || got > total+1 {
-		t.Errorf("got %d bytes acknowledged or unsent, want the %d written", got, total)
+	if stalled.Unsent > stalled.Unacked {
+		t.Errorf("got %+v, want that what is unsent is unacknowledged", stalled)
+	}
+	if got := int(stalled.Acked-before.Acked) + stalled.Unacked + 1000; got < total || got > total+1 {
+		t.Errorf("got %d bytes acknowledged or not, want the %d written", got, total)
 	}
 
 	go func() { _, _ = io.Copy(io.Discard, b) }() // until b is closed
-	after := await(t, a, "all acknowledged", func(i Info) bool { return i.Unsent == 0 })
+	after := await(t, a, "all acknowledged", func(i Info) bool { return i.Unacked == 0 })
 	if after.Acked <= stalled.Acked || after.Reset || after.Finished {
 		t.Errorf("got %+v after the peer has read, want more acknowledged than %d", after, stalled.Acked)
 	}
@@ -220,14 +224,14 @@ func TestAskUnix(t *testing.T) {
 		await(t, a, "finished, not reset", func(i Info) bool { return i.Finished && !i.Reset && i.Unread == 0 })
 		write(t, a, 5) // the other way is still open
 	})
-	t.Run("unsent until read", func(t *testing.T) {
+	t.Run("unacknowledged until read", func(t *testing.T) {
 		a, b := unixPair(t)
 		write(t, a, 1000)
-		await(t, a, "unsent", func(i Info) bool { return i.Unsent > 0 })
+		await(t, a, "unacknowledged", func(i Info) bool { return i.Unacked > 0 })
 		if _, err := io.ReadFull(b, make([]byte, 1000)); err != nil {
 			t.Fatal(err)
 		}
-		await(t, a, "nothing unsent", func(i Info) bool { return i.Unsent == 0 && i.Acked == 0 })
+		await(t, a, "all acknowledged", func(i Info) bool { return i.Unacked == 0 && i.Acked == 0 })
 	})
 }
 

@@ -78,9 +78,9 @@ func echoLarge(t *testing.T, c *rawConn) {
 	}
 }
 
-// settledMemory is the process's resident memory in KiB once it stays the same.
-// Garbage is collected first: when that happens by itself is no property of idle
-// connections.
+// settledMemory is the process's resident memory in KiB once it stays the same,
+// without what its heap has free. Garbage is collected first: when that happens by
+// itself, and when the system gets it back, is no property of idle connections.
 func settledMemory(t *testing.T, p *process) float64 {
 	t.Helper()
 	if status, _ := p.request(t, "GET", "/debug/pprof/heap?gc=1"); status != 200 {
@@ -94,7 +94,22 @@ func settledMemory(t *testing.T, p *process) float64 {
 		}
 		return time.Since(since) > time.Second
 	})
-	return last
+	return last - freeHeap(t, p)
+}
+
+// freeHeap is what the process's heap has free and resident, in KiB.
+func freeHeap(t *testing.T, p *process) float64 {
+	t.Helper()
+	_, metrics := p.request(t, "GET", "/metrics")
+	var idle, released float64
+	for line := range strings.SplitSeq(string(metrics), "\n") {
+		_, _ = fmt.Sscanf(line, "go_memstats_heap_idle_bytes %g", &idle)
+		_, _ = fmt.Sscanf(line, "go_memstats_heap_released_bytes %g", &released)
+	}
+	if idle == 0 || released == 0 {
+		t.Fatal("no statistics of the heap")
+	}
+	return (idle - released) / 1024
 }
 
 // residentMemory is a process's resident memory in KiB.

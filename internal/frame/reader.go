@@ -14,7 +14,7 @@ import (
 // one is pooled, taken when a frame does not fit the small one, and given back
 // as soon as everything in it is used; 72 KiB hold a frame of 64 KiB whole.
 const (
-	smallBuffer = 480
+	smallBuffer = 472
 	largeBuffer = 72 << 10
 
 	// headroom lies free before the first byte read, so that the header of a

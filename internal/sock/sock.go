@@ -58,18 +58,24 @@ func Ask(conn any) (Info, bool) {
 // one that hides it.
 func Below(conn any) syscall.Conn {
 	for conn != nil {
-		switch c := conn.(type) {
-		case syscall.Conn:
+		if c, ok := conn.(syscall.Conn); ok {
 			return c
-		case interface{ NetConn() net.Conn }: // *tls.Conn
-			conn = c.NetConn()
-		case interface{ Raw() net.Conn }: // *proxyproto.Conn
-			conn = c.Raw()
-		default:
-			conn = embedded(conn)
 		}
+		conn = Inner(conn)
 	}
 	return nil
+}
+
+// Inner returns the connection that conn wraps, or nil if it wraps none or hides it.
+func Inner(conn any) any {
+	switch c := conn.(type) {
+	case interface{ NetConn() net.Conn }: // *tls.Conn
+		return c.NetConn()
+	case interface{ Raw() net.Conn }: // *proxyproto.Conn
+		return c.Raw()
+	default:
+		return embedded(conn)
+	}
 }
 
 // embedded returns the net.Conn that a wrapper embeds in its exported field

@@ -17,13 +17,14 @@ var tlsConfigOffset, tlsConfigKnown = func() (uintptr, bool) {
 // version of Go.
 func CanForgetTLSConfig() bool { return tlsConfigKnown }
 
-// ForgetTLSConfig cuts the link from a server's TLS connection, whose handshake
-// is complete, to the config of that handshake. Through its callbacks Caddy's
-// config reaches the whole configuration that accepted the connection, which a
+// ForgetTLSConfig cuts the link from a TLS connection, whose handshake is
+// complete, to the config of that handshake. Through its callbacks a config of
+// Caddy's reaches the whole configuration that made the connection, which a
 // connection that outlives a reload would keep in memory; nothing public
-// detaches it (read in crypto/tls of Go 1.26: after the handshake a server
-// connection takes only its random source, record sizing and renegotiation from
-// the config, all of which have working zero values).
+// detaches it (read in crypto/tls of Go 1.26: after the handshake a connection
+// takes only its random source, record sizing, the cache for session tickets and
+// renegotiation from the config, all of which have working zero values: tickets
+// are dropped, renegotiation is refused).
 //
 // Nobody may use conn during the call. Without tlsConfigKnown it does nothing.
 func ForgetTLSConfig(conn *tls.Conn) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math"
 	"sync"
 
 	"github.com/gobwas/ws"
@@ -14,7 +15,7 @@ import (
 // one is pooled, taken when a frame does not fit the small one, and given back
 // as soon as everything in it is used; 72 KiB hold a frame of 64 KiB whole.
 const (
-	smallBuffer = 472
+	smallBuffer = 458
 	largeBuffer = 72 << 10
 
 	// headroom lies free before the first byte read, so that the header of a
@@ -23,6 +24,9 @@ const (
 )
 
 var largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
+
+// ErrTooBig says that a frame would make its message larger than SetLimit allows.
+var ErrTooBig = errors.New("message too big")
 
 // errBufferFull would be a bug: a Reader always hands out what fills its buffer.
 var errBufferFull = errors.New("frame buffer is full of an unfinished frame")
@@ -63,6 +67,9 @@ type Reader struct {
 	head       ws.Header // the frame last looked at, which may be in progress …
 	rest       int64     // … and how much of its payload has not been handed out
 
+	limit int64 // the most payload of a message that begins now …
+	left  int64 // … and how much more the frames to come of the current one may have
+
 	large *[largeBuffer]byte // nil while the small buffer is in use
 	r, w  int                // what is buffered: buf()[r:w]
 
@@ -76,7 +83,17 @@ type Reader struct {
 // compressed if permessage-deflate is agreed with it.
 func (r *Reader) Init(masked, compressed bool) {
 	r.Release()
-	*r = Reader{masked: masked, compressed: compressed, r: headroom, w: headroom}
+	*r = Reader{masked: masked, compressed: compressed, limit: math.MaxInt64, r: headroom, w: headroom}
+}
+
+// SetLimit bounds the payload of a message, in bytes on the wire over all its
+// fragments: what is compressed counts as it is. Zero is no limit. A message of which
+// a part was handed out keeps the limit it began with, so that a change ends none.
+func (r *Reader) SetLimit(limit int64) {
+	if limit == 0 {
+		limit = math.MaxInt64
+	}
+	r.limit = limit
 }
 
 // Preload takes bytes that were read from the peer together with its handshake.
@@ -122,7 +139,8 @@ func (r *Reader) Release() {
 }
 
 // Next returns the next unit, or nil if Fill has to be called first. An error is a
-// ProtocolError; nothing of the offending frame was or will be handed out.
+// ProtocolError or ErrTooBig, found by the header alone where that is enough;
+// nothing of the offending frame was or will be handed out.
 func (r *Reader) Next() (*Unit, error) {
 	if r.rest > 0 {
 		return r.nextFragment(), nil
@@ -160,7 +178,7 @@ func (r *Reader) peekHeader() (size int, err error) {
 	return wireHeaderSize(b[1]), nil
 }
 
-// check applies RFC 6455 §5.2 to §5.5 to the header of a frame.
+// check applies RFC 6455 §5.2 to §5.5 and the limit to the header of a frame.
 func (r *Reader) check(size int) error {
 	state := ws.StateExtended // reserved bits are judged below
 	if r.masked {
@@ -184,7 +202,18 @@ func (r *Reader) check(size int) error {
 	if size != ws.HeaderSize(r.head) {
 		return errLengthNotMinimal
 	}
+	if !r.head.OpCode.IsControl() && r.head.Length > r.room() {
+		return ErrTooBig
+	}
 	return nil
+}
+
+// room is how much payload the data frame last looked at may have.
+func (r *Reader) room() int64 {
+	if r.head.OpCode == ws.OpContinuation {
+		return r.left
+	}
+	return r.limit
 }
 
 // nextWhole hands out a frame that has arrived completely.
@@ -196,6 +225,7 @@ func (r *Reader) nextWhole(size int) (*Unit, error) {
 	if u.Data() {
 		u.First, u.Last = u.Op != ws.OpContinuation, r.head.Fin
 		r.fragmented = !r.head.Fin
+		r.left = r.room() - r.head.Length
 	} else if u.Op == ws.OpClose {
 		var err error
 		if u.Code, u.Reason, err = parseClose(u.Unmasked()); err != nil {
@@ -209,6 +239,7 @@ func (r *Reader) nextWhole(size int) (*Unit, error) {
 // firstFragment hands out what has arrived of a frame that is not complete.
 func (r *Reader) firstFragment(size int) *Unit {
 	r.rest = r.head.Length
+	r.left = r.room() - r.head.Length
 	r.r += size
 	u := r.fragment(r.w-r.r, r.head.OpCode, r.head.Rsv)
 	u.First = u.Op != ws.OpContinuation

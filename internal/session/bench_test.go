@@ -116,7 +116,7 @@ func runSession(b *testing.B, client, backend Conn) (done <-chan struct{}) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	up := route.Choose(func(func(string) int) string { return "app:80" })
+	up := route.Choose(func(func(string) registry.Load) string { return "app:80" })
 	rec.Attempt(up, "app:80", time.Time{})
 	rec.Open("")
 	s := New(rec, newTestRoute(defaults), up, Peer{Conn: client}, Peer{Conn: backend}, false)

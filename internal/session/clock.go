@@ -149,7 +149,7 @@ func (s *Session) planned(now time.Duration, set *Settings) (due time.Duration) 
 	}
 	at := s.rec.PlannedMove()
 	if at.IsZero() {
-		if !s.route.Leaves(b.upstream.Name()) {
+		if !s.route.Leaves(b.upstream.Key()) {
 			return due
 		}
 		at = time.Now().Add(atRandom(set.DrainWindow))

@@ -14,6 +14,7 @@ const (
 	codeGoingAway       = 1001
 	codeProtocolError   = 1002
 	codePolicyViolation = 1008
+	codeTooBig          = 1009
 	codeInternalError   = 1011
 	codeServiceRestart  = 1012
 	codeTryAgainLater   = 1013
@@ -39,6 +40,7 @@ var farewells = map[registry.Reason]farewell{
 	registry.Orphan:         {codeGoingAway, codeGoingAway, "route removed"},
 	registry.PingTimeout:    {codeGoingAway, codeGoingAway, "ping timeout"},
 	registry.WriteTimeout:   {codeGoingAway, codeGoingAway, "write timeout"},
+	registry.TooBig:         {codeTooBig, codeGoingAway, "message too big"}, // a backend that sent it: see End
 	registry.ResumeTimeout:  {codeTryAgainLater, codeNone, "no backend available"},
 	registry.Overflow:       {codeTryAgainLater, codeNone, "too many messages while no backend is available"},
 	registry.InDoubt:        {codeServiceRestart, codeNone, "delivery of a message is in doubt"},
@@ -79,6 +81,9 @@ func (s *Session) End(e registry.Ending) {
 	s.search.cancel()
 	s.search.halt = false
 	b := s.backend()
+	if e.Reason == registry.TooBig && b.tooBig {
+		f.backend = codeTooBig
+	}
 	s.client.leaveClose(f.client, f.text)
 	b.leaveClose(f.backend, "")
 	var lost *leg

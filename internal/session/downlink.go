@@ -4,6 +4,8 @@
 package session
 
 import (
+	"errors"
+
 	"github.com/gobwas/ws"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
@@ -31,14 +33,14 @@ func (s *Session) downlink(down chan<- struct{}) {
 // at once.
 func (s *Session) pumpDown(l *leg) (whole bool) {
 	var b batch
-	garbled := false // the bytes of the backend are no frames any more
+	garbled := false // the backend's bytes are not looked at any more
 	for {
 		for !garbled {
 			u, err := s.collectDown(l, &b)
 			if u == nil {
 				s.flushDown(l, &b, 0)
 				if garbled = err != nil; garbled {
-					s.rec.Close(registry.Ending{Reason: registry.BackendBroke})
+					s.offended(l, err)
 				}
 				break
 			}
@@ -67,6 +69,18 @@ func (s *Session) pumpDown(l *leg) (whole bool) {
 	}
 	l.in.Release()
 	return !l.in.MidMessage()
+}
+
+// offended ends the session because of what a backend sent.
+func (s *Session) offended(l *leg, err error) {
+	why := registry.BackendBroke
+	if errors.Is(err, frame.ErrTooBig) {
+		why = registry.TooBig
+		s.mu.Lock()
+		l.tooBig = true
+		s.mu.Unlock()
+	}
+	s.rec.Close(registry.Ending{Reason: why})
 }
 
 // next waits for the leg that takes over from old, and closes that. It returns
@@ -117,6 +131,7 @@ func pongFrames(payloads [][]byte) (wire []byte) {
 // collectDown takes units that a backend has sent into the batch until something
 // else is to be done. The unit that asks for it is returned.
 func (s *Session) collectDown(l *leg, b *batch) (*frame.Unit, error) {
+	l.in.SetLimit(s.route.Settings().ServerMaxMessage)
 	for {
 		u, err := l.in.Next()
 		if err != nil || u == nil {

@@ -138,6 +138,16 @@ var endings = []ending{
 		reason: registry.BackendBroke, client: "1014 backend protocol error", backend: "1002", silent: time.Second,
 	},
 	{
+		name: "client sends a message that is too big", with: setup{settings: limited(100, 0)},
+		cause:  func(r *rig) { r.client.send(r.client.binary(101)) },
+		reason: registry.TooBig, client: "1009 message too big", backend: "1001", silent: time.Second,
+	},
+	{
+		name: "backend sends a message that is too big", with: setup{settings: limited(0, 100)},
+		cause:  func(r *rig) { r.backend.send(r.backend.binary(101)) },
+		reason: registry.TooBig, client: "1009 message too big", backend: "1009", silent: time.Second,
+	},
+	{
 		name: "no data message either way", with: setup{settings: Settings{IdleTimeout: time.Minute}}, noticed: time.Minute,
 		reason: registry.Idle, client: "1001 idle", backend: "1001", silent: time.Second,
 	},
@@ -252,7 +262,7 @@ func TestPeersThatAnswerAreTold(t *testing.T) {
 				switch e.reason {
 				case registry.WriteTimeout:
 					most = registry.ClosingTimeout // its close frame waits behind the data
-				case registry.ClientProtocol:
+				case registry.ClientProtocol, registry.TooBig:
 					most = time.Second // nothing that it says is understood any more
 				default: // at once
 				}

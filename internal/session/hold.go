@@ -38,7 +38,11 @@ func (s *Session) loseNow(l *leg, proven bool) bool {
 	if l.lost {
 		return true
 	}
-	if s.closing || s.route.Settings().ResumeTimeout <= 0 && l.parting == 0 {
+	if s.closing {
+		return false
+	}
+	s.blame(l)
+	if s.route.Settings().ResumeTimeout <= 0 && l.parting == 0 {
 		return false
 	}
 	if s.search.found == nil && !s.hold() {
@@ -57,6 +61,15 @@ func (s *Session) loseNow(l *leg, proven bool) bool {
 	s.search.notify()
 	s.lookSoon(0)
 	return true
+}
+
+// blame counts a backend that goes away as a failure of its upstream, once and only
+// if it was not asked to go. Session.mu is held.
+func (s *Session) blame(l *leg) {
+	if !l.blamed {
+		l.blamed = true
+		s.route.Lost(l.upstream)
+	}
 }
 
 // hold begins to hold the client, unless it is held already. Session.mu is held.
@@ -86,6 +99,7 @@ func (s *Session) part(l *leg, u *frame.Unit) bool {
 		if !s.hold() {
 			return false
 		}
+		s.blame(l)
 		l.cause, l.parting = u.Code, s.now()
 		l.leaveClose(u.Code, "")
 		s.wakeUplink()
@@ -189,12 +203,12 @@ func (s *Session) seeker(ctx context.Context, from *leg, move bool) {
 // clients of a backend do not all come back at once.
 func (s *Session) resume(ctx context.Context, from *leg) {
 	s.mu.Lock()
-	i := Interruption{Upstream: from.upstream.Name(), Replayed: s.inDoubt, Suspect: s.suspect, Cause: from.cause}
+	i := Interruption{Upstream: from.upstream.Key(), Replayed: s.inDoubt, Suspect: s.suspect, Cause: from.cause}
 	flaps := s.flaps
 	s.mu.Unlock()
 	try := s.route.Search(i)
 	for attempt := 1; pause(ctx, s.backoff(attempt+flaps)); attempt++ {
-		found, err := try(ctx, attempt)
+		found, err := try(ctx)
 		var refused *RefusedError
 		switch {
 		case err == nil:

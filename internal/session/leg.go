@@ -50,6 +50,7 @@ type leg struct {
 	said   bool          // a close frame was written, or is being written
 	heard  bool          // a close frame was received, with code echo
 	gone   bool          // nothing more is read from or written to it
+	tooBig bool          // a backend sent a message that is too big
 	echo   uint16        //
 	saidAt time.Duration // when our close frame had been written
 	broken time.Duration // since when writes fail
@@ -58,6 +59,7 @@ type leg struct {
 	lost    bool
 	settled bool          // accounts are settled: another leg may take over
 	proven  bool          // it has read everything that was written
+	blamed  bool          // it counted as a failure of its upstream, or was asked to go
 	cause   uint16        // the close code it gave, or was given
 	parting time.Duration // since when it is being left in good order
 

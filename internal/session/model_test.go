@@ -49,6 +49,8 @@ type life struct {
 	closed  [2]bool
 	left    [2]bool // FIN or RST
 	offence [2]int  // where in what was sent the protocol was broken; -1: nowhere
+	size    [2]int  // of the message that is being sent
+	largest [2]int  // of all messages
 
 	settings []Settings // all that were in force
 	asked    map[registry.Reason]bool
@@ -112,6 +114,7 @@ func (l *life) randomSettings() (s Settings) {
 		PingInterval: maybe(5 * time.Second), PingTimeout: time.Second + maybe(10*time.Second),
 		IdleTimeout: maybe(20 * time.Second), FirstDataTimeout: maybe(10 * time.Second),
 		MaxLifetime: maybe(time.Minute), WriteTimeout: maybe(5 * time.Second),
+		ClientMaxMessage: int64(maybe(50_000)), ServerMaxMessage: int64(maybe(50_000)),
 	}
 	l.settings = append(l.settings, s)
 	return s
@@ -161,7 +164,13 @@ func (l *life) sendData(side int, p *peer) {
 	}
 	sizes := []int{1, 100, 100, 1000, 1000, 5000, 20_000, 100_000}
 	fin := l.rng.IntN(3) > 0
-	wire := p.frame(fin, 0, op, l.randomPayload(sizes[l.rng.IntN(len(sizes))]))
+	payload := l.randomPayload(sizes[l.rng.IntN(len(sizes))])
+	wire := p.frame(fin, 0, op, payload)
+	if !l.open[side] {
+		l.size[side] = 0
+	}
+	l.size[side] += len(payload)
+	l.largest[side] = max(l.largest[side], l.size[side])
 	l.open[side] = !fin
 	if l.rng.IntN(2) == 0 {
 		p.send(wire)
@@ -247,6 +256,7 @@ func (l *life) check() {
 			l.t.Errorf("%s: got %d tokens, want all %d while the session lives", way.name, len(got), len(want))
 		}
 		wantLegal(l.t, way.name, way.to)
+		l.wantNoneTooBig(way.name, way.to)
 		way.to.farewell(l.t)
 	}
 	if l.live() {
@@ -286,6 +296,11 @@ func (l *life) plausible(reason registry.Reason) bool {
 		return l.offence[backendSide] >= 0
 	case registry.PingTimeout:
 		return was(func(s Settings) bool { return s.PingInterval > 0 })
+	case registry.TooBig:
+		return was(func(s Settings) bool {
+			return s.ClientMaxMessage > 0 && l.largest[clientSide] > int(s.ClientMaxMessage) ||
+				s.ServerMaxMessage > 0 && l.largest[backendSide] > int(s.ServerMaxMessage)
+		})
 	case registry.WriteTimeout:
 		return was(func(s Settings) bool { return s.WriteTimeout > 0 })
 	case registry.Idle:

@@ -35,7 +35,7 @@ func (s *Session) moveNow() error {
 	if s.closing || s.search.under || b.lost || b.parting != 0 || !b.writable() || s.client.heard {
 		return ErrNotMovable
 	}
-	if !s.route.Others(b.upstream.Name()) {
+	if !s.route.Others(b.upstream.Key()) {
 		return ErrNoUpstream
 	}
 	if !s.rec.Migrate() {
@@ -93,9 +93,9 @@ func (s *Session) move(ctx context.Context, from *leg) bool {
 
 // reach finds a backend on another upstream, or returns nil.
 func (s *Session) reach(ctx context.Context, from *leg) *Found {
-	try := s.route.Search(Interruption{Upstream: from.upstream.Name(), Move: true, Cause: codeGoingAway})
-	for attempt := 1; ctx.Err() == nil; attempt++ {
-		found, err := try(ctx, attempt)
+	try := s.route.Search(Interruption{Upstream: from.upstream.Key(), Move: true, Cause: codeGoingAway})
+	for ctx.Err() == nil {
+		found, err := try(ctx)
 		if err == nil {
 			return found
 		}
@@ -141,7 +141,7 @@ func (s *Session) vacate(ctx context.Context, from *leg) bool {
 	})
 	s.mu.Lock()
 	if !from.lost && !s.closing {
-		from.parting, from.cause = s.now(), codeGoingAway
+		from.parting, from.cause, from.blamed = s.now(), codeGoingAway, true
 		from.leaveClose(codeGoingAway, "")
 		s.wakeUplink()
 		s.lookSoon(closingPeriod)

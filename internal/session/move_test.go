@@ -66,6 +66,7 @@ func TestAMoveLosesAndRepeatsNothing(t *testing.T) {
 					}
 					r.pass(30 * time.Second)
 					b := r.wantMoved()
+					r.wantLost()
 					r.wantKept(promise{mode: mode, sent: messages})
 					r.wantPassed()
 					if got := r.backend.farewell(t); got != "1001" {

@@ -83,6 +83,7 @@ func TestALostBackendIsReplacedAndTheClientNotTold(t *testing.T) {
 				if got := r.client.farewell(t); got != "-" || !r.live() {
 					t.Errorf("got the client told %q, state %v, want nothing", got, r.rec.State())
 				}
+				r.wantLost(firstUpstream)
 				v := r.rec.View()
 				if v.Upstream != "b:80" || v.Dial != "dial of b:80" || v.Resumes != 1 || r.places(firstUpstream) != 0 || r.places("b:80") != 1 {
 					t.Errorf("got the record %+v, want it at b:80", v)
@@ -106,6 +107,7 @@ func TestOtherCloseFramesOfTheBackendEndTheSession(t *testing.T) {
 				if got := r.asked(); len(got) > 0 {
 					t.Errorf("got another backend looked for, want none")
 				}
+				r.wantLost()
 			})
 		})
 	}
@@ -120,6 +122,7 @@ func TestWithoutResumeALostBackendEndsTheSession(t *testing.T) {
 				r := start(t, setup{settings: s})
 				die(r.backend)
 				r.wantEnd(time.Minute, registry.BackendLost, "1014 backend connection lost", "-")
+				r.wantLost(firstUpstream)
 			})
 		})
 	}

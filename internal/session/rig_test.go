@@ -112,7 +112,7 @@ func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
 		t.Fatalf("admitting: %v", err)
 	}
 	r.rec = rec
-	r.upstream = r.route.Choose(func(func(string) int) string { return firstUpstream })
+	r.upstream = r.route.Choose(func(func(string) registry.Load) string { return firstUpstream })
 	rec.Attempt(r.upstream, "10.0.0.1:80", time.Time{})
 	if with.answers {
 		r.upstream.Answers.Store(true)
@@ -274,8 +274,8 @@ func (r *rig) finish() {
 
 // places returns how many connections an upstream has.
 func (r *rig) places(upstream string) (n int) {
-	r.route.Choose(func(conns func(string) int) string {
-		n = conns(upstream)
+	r.route.Choose(func(load func(string) registry.Load) string {
+		n = load(upstream).Conns
 		return ""
 	})
 	return n

@@ -15,16 +15,19 @@ import (
 type Route interface {
 	// Settings returns the route's settings. It does not block.
 	Settings() *Settings
-	// Leaves reports whether live connections are to leave an upstream: it is not
-	// one of the route's any more. It does not block.
+	// Leaves reports whether live connections are to leave the upstream with a key:
+	// it is not one of the route's any more, is drained, or is not healthy where that
+	// counts. It does not block.
 	Leaves(upstream string) bool
-	// Others reports whether there is an upstream beside the one of that name. It
-	// does not block.
+	// Others reports whether a connection of that upstream could go to another one.
+	// It does not block.
 	Others(upstream string) bool
 	// Search begins a search for another backend. Every call of the function it
 	// returns chooses an upstream that was not tried before, or begins anew when
-	// all were, and dials it; attempt counts these dials from 1.
-	Search(i Interruption) func(ctx context.Context, attempt int) (*Found, error)
+	// all were, and dials it.
+	Search(i Interruption) func(ctx context.Context) (*Found, error)
+	// Lost notes that a backend has gone away by itself. It does not block.
+	Lost(upstream *registry.Upstream)
 	// Unanswering notes that an upstream has not answered any ping so far.
 	Unanswering(upstream *registry.Upstream)
 }
@@ -38,6 +41,11 @@ type Settings struct {
 	FirstDataTimeout time.Duration // open, but never a data frame
 	MaxLifetime      time.Duration // up to 10 % sooner
 	WriteTimeout     time.Duration // the peer's kernel takes not one byte
+
+	// The most payload of a message, in bytes on the wire: compressed ones count as
+	// they are. A change counts for messages that begin after it.
+	ClientMaxMessage int64 // of the client
+	ServerMaxMessage int64 // of a backend
 
 	ResumeTimeout time.Duration // how long a client is held without a backend; 0: not at all
 	ResumeMin     time.Duration // the first pause before a re-dial is at most so long …
@@ -66,7 +74,7 @@ func (s *Settings) wantsAcks() bool { return s.ResumeTimeout > 0 && s.keeps() }
 
 // Interruption is what a backend is told that takes a session over.
 type Interruption struct {
-	Upstream string // the upstream of the backend that is lost or left
+	Upstream string // the key of the upstream that is lost or left
 	Move     bool   // the old backend still serves; only another upstream will do
 	Replayed int    // how many messages at the start may be repeats
 	Suspect  bool   // a message may be what breaks backends; see Found.Acquitted

@@ -4,6 +4,7 @@
 package session
 
 import (
+	"errors"
 	"io"
 
 	"github.com/gobwas/ws"
@@ -35,6 +36,9 @@ func (s *Session) uplink() {
 			s.up.unit, s.up.garbled = nil, true
 		case garbled:
 			s.end(registry.ClientProtocol)
+			s.up.garbled = true
+		case tooBig:
+			s.end(registry.TooBig)
 			s.up.garbled = true
 		case more:
 			if over = s.finishedWith(&s.client); over {
@@ -82,7 +86,7 @@ type upstroke struct {
 	unit    *frame.Unit // read, and still to be taken
 	begun   *leg        // has got all of the message that unit continues
 	cut     bool        // since the session ends, something was left out
-	garbled bool        // the client's bytes are no frames any more
+	garbled bool        // the client's bytes are not looked at any more
 }
 
 // step is what the uplink has to do next.
@@ -96,17 +100,21 @@ const (
 	control              // the unit is a ping or a pong
 	closed               // … is a close frame
 	garbled              // the client broke the protocol
+	tooBig               // … sends a message that is too big
 )
 
 // collect takes units of messages that the client has sent until something else
 // is to be done.
 func (s *Session) collect() step {
+	s.client.in.SetLimit(s.route.Settings().ClientMaxMessage)
 	for !s.up.garbled {
 		if s.up.unit == nil {
 			u, err := s.client.in.Next()
 			switch {
 			case (u == nil || err != nil) && len(s.up.wire) > 0:
 				return flush
+			case errors.Is(err, frame.ErrTooBig):
+				return tooBig
 			case err != nil:
 				return garbled
 			case u == nil:

@@ -69,6 +69,7 @@ type testRoute struct {
 	near      []*memConn
 	discarded []*peer
 	warned    []string // upstreams that answer no pings
+	lost      []string // upstreams whose backends went away
 }
 
 func newTestRoute(s Settings) *testRoute {
@@ -97,21 +98,38 @@ func (r *testRoute) Unanswering(u *registry.Upstream) {
 	r.warned = append(r.warned, u.Name())
 }
 
+func (r *testRoute) Lost(u *registry.Upstream) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lost = append(r.lost, u.Key())
+}
+
+// wantLost checks which upstreams were told of as having lost a backend.
+func (r *rig) wantLost(upstreams ...string) {
+	r.t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !slices.Equal(r.lost, upstreams) {
+		r.t.Errorf("got backends lost at %q, want %q", r.lost, upstreams)
+	}
+}
+
 var errDial = errors.New("dialing: connection refused")
 
-func (r *testRoute) Search(i Interruption) func(context.Context, int) (*Found, error) {
+func (r *testRoute) Search(i Interruption) func(context.Context) (*Found, error) {
 	s := &searched{Interruption: i, at: time.Now()}
 	r.mu.Lock()
 	r.searches = append(r.searches, s)
 	r.mu.Unlock()
 	tried := map[string]bool{}
-	return func(ctx context.Context, attempt int) (*Found, error) {
+	return func(ctx context.Context) (*Found, error) {
 		r.mu.Lock()
 		next := r.otherwise
 		if len(r.script) > 0 {
 			next, r.script = r.script[0], r.script[1:]
 		}
 		name := r.choose(i, tried)
+		attempt := len(s.attempts) + 1
 		s.attempts = append(s.attempts, attempted{at: time.Now(), n: attempt, upstream: name})
 		index := len(s.attempts) - 1
 		r.mu.Unlock()
@@ -161,7 +179,7 @@ func (r *testRoute) choose(i Interruption, tried map[string]bool) string {
 func (r *testRoute) connect(name string, i Interruption, attempt int, with dial) (*Found, *peer) {
 	near, far := newMemPipe(r.buffer)
 	far.in.log = new([]byte)
-	up := r.reg.Choose(func(func(string) int) string { return name })
+	up := r.reg.Choose(func(func(string) registry.Load) string { return name })
 	p := newPeer(far, false, with.manners)
 	p.upstream, p.told, p.attempt = name, i, attempt
 	var early []byte

@@ -1,0 +1,11 @@
+// This file looks for goroutines that outlive the tests.
+
+package tunnel
+
+import (
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package tunnel
+
+func newCarrier(p *pump) carrier { return newCopier(p) }

@@ -137,6 +137,14 @@ func (c *Conn) Handover(owner Owner) {
 	}
 }
 
+// HalfClose enters HalfOpen: one side has ended, the other one may go on for as
+// long as the route's settings say. It returns false if the connection is not open.
+func (c *Conn) HalfClose() bool {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.enter(HalfOpen, time.Time{})
+}
+
 // Close begins the connection's end. The first call wins; it tells the owner
 // and returns true.
 func (c *Conn) Close(e Ending) bool {

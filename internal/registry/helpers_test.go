@@ -87,13 +87,13 @@ func finish(c *Conn, reason Reason) {
 
 // choose takes a place at the upstream of that name.
 func choose(route *Route, name string) *Upstream {
-	return route.Choose(func(func(string) int) string { return name })
+	return route.Choose(func(func(string) Load) string { return name })
 }
 
 // placed returns how many places at an upstream are taken.
 func placed(route *Route, name string) (n int) {
-	route.Choose(func(conns func(string) int) string {
-		n = conns(name)
+	route.Choose(func(load func(string) Load) string {
+		n = load(name).Conns
 		return ""
 	})
 	return n
@@ -112,6 +112,9 @@ func force(t *testing.T, c *Conn, s State) {
 	case Migrating:
 		open(c, new(owner), "")
 		c.Migrate()
+	case HalfOpen:
+		open(c, new(owner), "")
+		c.HalfClose()
 	case Closing:
 		open(c, new(owner), "")
 		c.Close(Ending{Reason: Admin})

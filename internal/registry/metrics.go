@@ -12,6 +12,7 @@ type metrics struct {
 	active        *prometheus.GaugeVec
 	openedTotal   *prometheus.CounterVec
 	closedTotal   *prometheus.CounterVec
+	refusedTotal  *prometheus.CounterVec
 	bytesTotal    *prometheus.CounterVec
 	messagesTotal *prometheus.CounterVec
 	duration      *prometheus.HistogramVec
@@ -57,6 +58,7 @@ func newMetrics(replayBytes func() int64) *metrics {
 		}, []string{"kind", "route", "state"}),
 		openedTotal:   counter("opened_total", "Connections that were opened.", "kind", "route"),
 		closedTotal:   counter("closed_total", "Connections that had been opened and ended.", "kind", "route", "reason"),
+		refusedTotal:  counter("refused_total", "Connections that were refused before they were opened.", "kind", "route", "reason"),
 		bytesTotal:    counter("bytes_total", "Payload bytes of data, in: from clients.", "kind", "route", "direction"),
 		messagesTotal: counter("messages_total", "Complete WebSocket messages, in: from clients.", "route", "direction"),
 		duration:      histogram("duration_seconds", "Life of connections that ended, from their opening.", ageBuckets, "kind", "route"),
@@ -74,8 +76,8 @@ func newMetrics(replayBytes func() int64) *metrics {
 
 func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.active, m.openedTotal, m.closedTotal, m.bytesTotal, m.messagesTotal, m.duration,
-		m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes,
+		m.active, m.openedTotal, m.closedTotal, m.refusedTotal, m.bytesTotal, m.messagesTotal,
+		m.duration, m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes,
 	}
 }
 
@@ -94,6 +96,7 @@ func (m *metrics) forget(t *Route) {
 	m.active.DeletePartialMatch(labels)
 	m.openedTotal.DeletePartialMatch(labels)
 	m.closedTotal.DeletePartialMatch(labels)
+	m.refusedTotal.DeletePartialMatch(labels)
 	m.bytesTotal.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
 	for _, c := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
@@ -142,6 +145,10 @@ func (m *metrics) closed(c *Conn) {
 	kind, route := string(c.info.Kind), c.route.key.name
 	m.closedTotal.WithLabelValues(kind, route, string(c.ending.Reason)).Inc()
 	m.duration.WithLabelValues(kind, route).Observe(c.since.Sub(c.openedAt).Seconds())
+}
+
+func (m *metrics) refused(t *Route, reason string) {
+	m.refusedTotal.WithLabelValues(string(t.key.kind), t.key.name, reason).Inc()
 }
 
 func (m *metrics) gauge(c *Conn, s State) prometheus.Gauge {

@@ -249,6 +249,7 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	c.Migrate()
 	c.Stay()
 	finish(c, Idle)
+	route.Refused("no_upstream")
 	families, err := gatherer(t, r).Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -257,7 +258,7 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	if err != nil || len(problems) > 0 {
 		t.Errorf("got problems %v, error %v, want none", problems, err)
 	}
-	if a, b := gathered(t, r), gathered(t, r); len(a) != len(b) || len(a) < 16 {
+	if a, b := gathered(t, r), gathered(t, r); len(a) != len(b) || len(a) < 17 {
 		t.Errorf("got %d series in one config's registry and %d in the next, want the same", len(a), len(b))
 	}
 }

@@ -117,6 +117,40 @@ func TestMovePacedAgain(t *testing.T) {
 	})
 }
 
+// Moves that found no other upstream are spread anew when one may have come, and not
+// all due at once. Those that are under way, or just due, are left alone.
+func TestMovePacedAfterFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := New()
+		route := r.Retain(WebSocket, "a")
+		var stuck []*Conn
+		for range 10 {
+			stuck = append(stuck, opened(t, r, route, new(owner), "old:80"))
+		}
+		moving := opened(t, r, route, new(owner), "old:80")
+		r.MovePaced(route, leaves("old:80"), 0)
+		moving.Migrate()
+		time.Sleep(time.Minute)
+		due := opened(t, r, route, new(owner), "old:80")
+		due.MoveAt(time.Now())
+		if n := r.MovePaced(route, leaves("old:80"), 10*time.Second); n != len(stuck) {
+			t.Errorf("got %d to move, want the %d that did not get away", n, len(stuck))
+		}
+		at := make(map[time.Duration]bool)
+		for _, c := range stuck {
+			at[time.Until(c.PlannedMove())] = true
+		}
+		for i := range stuck {
+			if want := time.Duration(i+1) * time.Second; !at[want] {
+				t.Errorf("got moves in %v, want one in %v", at, want)
+			}
+		}
+		if !due.PlannedMove().Equal(time.Now()) || moving.PlannedMove().After(time.Now()) {
+			t.Errorf("got a move that is due planned in %v, and one under way in %v", time.Until(due.PlannedMove()), time.Until(moving.PlannedMove()))
+		}
+	})
+}
+
 // Whoever is between two backends, or is not yet or no more at one, is not concerned:
 // what it does next follows the newest config.
 func TestMovePacedInEveryState(t *testing.T) {
@@ -127,7 +161,7 @@ func TestMovePacedInEveryState(t *testing.T) {
 		n := r.MovePaced(route, leaves("app:80"), time.Minute)
 		want := 0
 		switch s {
-		case Connecting, Open, Migrating, Closing: // they have a place there
+		case Connecting, Open, Migrating, HalfOpen, Closing: // they have a place there
 			want = 1
 		default: // Held, Closed: nowhere
 		}

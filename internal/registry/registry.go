@@ -10,6 +10,8 @@
 //   - A record's state only follows nextStates; Close has one winner.
 //   - A place in an upstream's count is held by at most one record and given
 //     back exactly once.
+//   - From Admit to Done a record counts towards every limit that holds for it,
+//     also after these have changed.
 package registry
 
 import (
@@ -27,7 +29,7 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/replay"
 )
 
-// Admit refuses connections with these errors.
+// Admit refuses connections with these errors, and with LimitError.
 var (
 	ErrStopping  = errors.New("the server is stopping")
 	ErrRouteGone = errors.New("the route is gone from the configuration")
@@ -48,6 +50,10 @@ type Registry struct {
 	stopping bool
 	drained  chan struct{} // closed when stopping and the last record is gone
 	closed   map[Reason]uint64
+
+	limits     limits
+	counted    int // connections that count towards limits.connections
+	ipv6Prefix int // of the addresses in byIP of all limits
 }
 
 // slot keeps a connection's place in the order of age. IDs grow with age, so a
@@ -68,23 +74,27 @@ func New() *Registry {
 		routes:  make(map[routeKey]*Route),
 		drained: make(chan struct{}),
 		closed:  make(map[Reason]uint64),
+
+		ipv6Prefix: DefaultIPv6Prefix,
 	}
 }
 
 // Collectors returns the registry's metrics. They are the same ones at every
 // call and are registered in the metrics registry of every config.
-func (r *Registry) Collectors() []prometheus.Collector { return r.metrics.collectors() }
+func (r *Registry) Collectors() []prometheus.Collector {
+	return append(r.metrics.collectors(), &upstreamCollector{r})
+}
 
 // Admit makes the record of a connection that is about to be dialed. The owner
-// is told when its end comes first.
+// is told when its end comes first. A refusal is ErrStopping, ErrRouteGone or a
+// *LimitError, and is counted.
 func (r *Registry) Admit(route *Route, info Info, owner Owner) (*Conn, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stopping {
-		return nil, ErrStopping
-	}
-	if route.declared == 0 {
-		return nil, ErrRouteGone
+	ip := r.countedIP(route, info.Client)
+	if reason, err := r.refusal(route, ip); err != nil {
+		route.refused(reason)
+		return nil, err
 	}
 	// Version 7 is ordered by time and, in one process, strictly growing.
 	id, err := uuid.NewV7()
@@ -98,7 +108,7 @@ func (r *Registry) Admit(route *Route, info Info, owner Owner) (*Conn, error) {
 	c.since = c.accepted
 	r.byID[c.id] = c
 	r.order = append(r.order, slot{c.id, c})
-	route.conns++
+	r.count(route, ip, 1)
 	r.metrics.admitted(c)
 	return c, nil
 }
@@ -163,7 +173,9 @@ func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 
 // MovePaced plans for the connections of a route that use an upstream which
 // leaves to move to another one, spread like those of EndPaced, and lifts
-// such plans for all others. It returns how many are to move.
+// such plans for all others. Those that found no other when their time came are
+// spread again, lest they all go at once when there is one. It returns how many are
+// to move.
 func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
 	var leaving []*Conn
 	from := make(map[*Conn]string)
@@ -171,7 +183,7 @@ func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, wi
 		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
 		switch {
 		case up != "" && leaves(up):
-			if !planned {
+			if !planned || c.moveOverdue() {
 				leaving = append(leaving, c)
 				from[c] = up
 			}
@@ -236,7 +248,7 @@ func (r *Registry) remove(c *Conn) {
 	if r.dead > len(r.byID)+64 {
 		r.compact()
 	}
-	c.route.conns--
+	r.count(c.route, r.countedIP(c.route, c.info.Client), -1)
 	r.dropUnused(c.route)
 	if !c.openedAt.IsZero() {
 		r.closed[c.ending.Reason]++

@@ -23,29 +23,13 @@ type Route struct {
 	reg       *Registry
 	conns     int                  // guarded by Registry.mu, as is what follows
 	declared  int                  // Retain calls without their Release
-	upstreams map[string]*Upstream // those in use
+	upstreams map[string]*Upstream // by key
+	limits    limits               // its own
+	lifts     lifts
 
 	bytes    [2]prometheus.Counter
 	messages [2]prometheus.Counter
 }
-
-// Upstream is a backend of a route, while connections use it.
-type Upstream struct {
-	name  string // as configured
-	conns int    // guarded by Registry.mu
-
-	redials   redials
-	probation redials // of those whose message may be what breaks it
-
-	// Answers is set once the upstream has answered a ping: only then is its
-	// silence a sign that it is dead.
-	Answers atomic.Bool
-	// Warned is set once it was logged that the upstream answers no ping.
-	Warned atomic.Bool
-}
-
-// Name is the upstream's address as configured.
-func (u *Upstream) Name() string { return u.name }
 
 // Retain returns the route of that name, made if there is none, and keeps it
 // until Release.
@@ -75,46 +59,6 @@ func (r *Registry) Release(route *Route) (retained bool) {
 
 // Name is the route's name.
 func (t *Route) Name() string { return t.key.name }
-
-// Choose picks an upstream and takes a place in its count, in one step, so that
-// two connections never choose by the same counts. pick gets the number of live
-// connections of a named upstream and returns the name of its choice; it must
-// not block. "" is no choice: Choose returns nil.
-func (t *Route) Choose(pick func(conns func(upstream string) int) string) *Upstream {
-	t.reg.mu.Lock()
-	defer t.reg.mu.Unlock()
-	name := pick(func(upstream string) int {
-		if u := t.upstreams[upstream]; u != nil {
-			return u.conns
-		}
-		return 0
-	})
-	if name == "" {
-		return nil
-	}
-	u := t.upstreams[name]
-	if u == nil {
-		u = &Upstream{name: name}
-		t.upstreams[name] = u
-	}
-	u.conns++
-	return u
-}
-
-// Leave gives back a place that Choose took and no record took over.
-func (t *Route) Leave(u *Upstream) {
-	t.reg.mu.Lock()
-	defer t.reg.mu.Unlock()
-	t.release(u)
-}
-
-// release gives a place in an upstream's count back. Registry.mu is held.
-func (t *Route) release(u *Upstream) {
-	u.conns--
-	if u.conns == 0 {
-		delete(t.upstreams, u.name)
-	}
-}
 
 func (t *Route) count(d Direction, bytes, messages int) {
 	t.bytes[d].Add(float64(bytes))

@@ -14,20 +14,22 @@ const (
 	Open                    // both legs are up
 	Held                    // there is no backend, the client is kept until there is one
 	Migrating               // both legs are up, another backend is about to take over
+	HalfOpen                // one side has said all it will, the other one goes on
 	Closing                 // the end is known, the peers are being told
 	Closed                  // nothing of it is left
 	stateCount
 )
 
-var stateNames = [stateCount]string{"connecting", "open", "held", "migrating", "closing", "closed"}
+var stateNames = [stateCount]string{"connecting", "open", "held", "migrating", "half_open", "closing", "closed"}
 
 // nextStates are the legal transitions. A connection that ends while it
 // connects has nobody to tell and may go straight to Closed.
 var nextStates = [stateCount][]State{
 	Connecting: {Open, Closing, Closed},
-	Open:       {Held, Migrating, Closing},
+	Open:       {Held, Migrating, HalfOpen, Closing},
 	Held:       {Open, Closing},
 	Migrating:  {Open, Held, Closing},
+	HalfOpen:   {Closing},
 	Closing:    {Closed},
 }
 
@@ -56,8 +58,11 @@ func (s State) mayBecome(next State) bool {
 // Kind is what carries a connection.
 type Kind string
 
-// WebSocket is the kind of connections of websocket_proxy.
-const WebSocket Kind = "websocket"
+// The kinds are those of websocket_proxy and sni_passthrough.
+const (
+	WebSocket   Kind = "websocket"
+	Passthrough Kind = "passthrough"
+)
 
 // Reason says why a connection ended: the first one given wins, and is what
 // log, metric and API show.
@@ -76,6 +81,7 @@ const (
 	Lifetime       Reason = "lifetime"       // max_lifetime
 	PingTimeout    Reason = "ping_timeout"   // the client answers no ping
 	WriteTimeout   Reason = "write_timeout"  // the client takes no byte
+	TooBig         Reason = "too_big"        // a message larger than its sender's limit
 	ResumeTimeout  Reason = "resume_timeout" // held for too long
 	Overflow       Reason = "overflow"       // held, and its messages do not fit any more
 	InDoubt        Reason = "in_doubt"       // nobody knows whether a message was delivered
@@ -85,6 +91,16 @@ const (
 	Orphan         Reason = "orphan"         // its route is gone from the config
 	Shutdown       Reason = "shutdown"       // Caddy stops
 	Admin          Reason = "admin"          // the admin API
+)
+
+// The reasons of passthrough connections, beside Idle, Lifetime and others that
+// the two kinds share. What either peer gets is in package tunnel.
+const (
+	EOF             Reason = "eof"       // both sides have ended
+	Reset           Reason = "reset"     // a peer broke the connection off
+	Dead            Reason = "dead"      // keep-alive or user timeout: a peer is not there any more
+	HalfOpenTimeout Reason = "half_open" // half_open_timeout
+	Stuck           Reason = "stuck"     // stuck_timeout
 )
 
 // Ending is the reason for a connection's end and, for Admin, what the client is told.

@@ -14,9 +14,10 @@ import (
 func TestEveryTransition(t *testing.T) {
 	legal := map[State][]State{
 		Connecting: {Open, Closing, Closed},
-		Open:       {Held, Migrating, Closing},
+		Open:       {Held, Migrating, HalfOpen, Closing},
 		Held:       {Open, Closing},
 		Migrating:  {Open, Held, Closing},
+		HalfOpen:   {Closing},
 		Closing:    {Closed},
 		Closed:     {},
 	}
@@ -49,6 +50,8 @@ func TestEveryTransition(t *testing.T) {
 					got = c.Hold() && from != Held
 				case Migrating:
 					got = c.Migrate()
+				case HalfOpen:
+					got = c.HalfClose()
 				case Closing:
 					got = c.Close(Ending{Reason: Lifetime})
 				case Closed:

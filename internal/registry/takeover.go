@@ -85,7 +85,7 @@ func (c *Conn) MoveAt(at time.Time) { c.moveFrom(c.Upstream(), at) }
 // moveFrom plans a move away from an upstream, unless the connection has left it.
 func (c *Conn) moveFrom(upstream string, at time.Time) {
 	c.reg.mu.Lock()
-	if c.upstreamName() == upstream {
+	if c.upstreamKey() == upstream {
 		c.moveAt = at
 	}
 	owner := c.owner
@@ -107,17 +107,27 @@ func (c *Conn) PlannedMove() time.Time {
 	return c.moveAt
 }
 
-// Upstream is the name of the upstream that the connection uses or tries; "" while
+// moveOverdue reports whether a planned move has had its time and was not possible.
+func (c *Conn) moveOverdue() bool {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	return c.state == Open && !c.moveAt.IsZero() && time.Since(c.moveAt) > overdueAfter
+}
+
+// overdueAfter is how late the owner of a connection may be on a busy machine.
+const overdueAfter = time.Second
+
+// Upstream is the key of the upstream that the connection uses or tries; "" while
 // it is held.
 func (c *Conn) Upstream() string {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
-	return c.upstreamName()
+	return c.upstreamKey()
 }
 
-func (c *Conn) upstreamName() string {
+func (c *Conn) upstreamKey() string {
 	if c.upstream == nil {
 		return ""
 	}
-	return c.upstream.name
+	return c.upstream.key
 }

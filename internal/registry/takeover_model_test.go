@@ -174,12 +174,12 @@ func TestPlacesUnderConcurrency(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
 	names := []string{"a:80", "b:80", "c:80"}
-	least := func(count func(string) int) string {
+	least := func(load func(string) Load) string {
 		best := names[0]
 		for _, name := range names {
-			if n := count(name); n < 0 || n > 2*conns {
+			if n := load(name).Conns; n < 0 || n > 2*conns {
 				t.Errorf("got %d places taken at %s, want 0 to %d", n, name, 2*conns)
-			} else if n < count(best) {
+			} else if n < load(best).Conns {
 				best = name
 			}
 		}

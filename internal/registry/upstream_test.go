@@ -79,10 +79,10 @@ func TestChooseNothing(t *testing.T) {
 func TestChooseCountsExactly(t *testing.T) {
 	r := New()
 	route := r.Retain(WebSocket, "a")
-	least := func(conns func(string) int) string {
+	least := func(load func(string) Load) string {
 		best := ""
 		for i := range 4 {
-			if name := fmt.Sprint("app", i); best == "" || conns(name) < conns(best) {
+			if name := fmt.Sprint("app", i); best == "" || load(name).Conns < load(best).Conns {
 				best = name
 			}
 		}

@@ -48,7 +48,7 @@ func (c *Conn) view(now time.Time) View {
 		Protocol: c.info.Protocol, Subprotocol: c.subprotocol, OpenedAt: c.opened(),
 		BytesIn: c.bytes[In].Load(), BytesOut: c.bytes[Out].Load(),
 		MessagesIn: c.messages[In].Load(), MessagesOut: c.messages[Out].Load(),
-		Upstream: c.upstreamName(), Resumes: c.resumes, Replayed: c.replayed, Buffered: c.buffered.Load(),
+		Upstream: UpstreamName(c.upstreamKey()), Resumes: c.resumes, Replayed: c.replayed, Buffered: c.buffered.Load(),
 	}
 	v.Age = now.Sub(v.OpenedAt).Seconds()
 	v.Idle = max(0, now.Sub(c.accepted)-time.Duration(c.lastData.Load())).Seconds()
@@ -97,7 +97,7 @@ func (r *Registry) List(f Filter, limit int, after string) (page []View, next st
 func (f Filter) selects(c *Conn, now time.Time) bool {
 	return (f.Kind == "" || f.Kind == c.info.Kind) &&
 		(f.Route == "" || f.Route == c.route.key.name) &&
-		(f.Upstream == "" || f.Upstream == c.upstreamName()) &&
+		(f.Upstream == "" || f.Upstream == UpstreamName(c.upstreamKey())) &&
 		(f.State == nil || *f.State == c.state) &&
 		(f.Client == "" || f.Client == c.info.Client) &&
 		(f.MinAge == 0 || now.Sub(c.opened()) >= f.MinAge)
@@ -136,7 +136,7 @@ func (r *Registry) Stats() Stats {
 		s.ByRoute[c.route.key.name]++
 		s.ByState[c.state.String()]++
 		if c.upstream != nil {
-			s.ByUpstream[c.upstream.name]++
+			s.ByUpstream[c.upstream.Name()]++
 		}
 		age := now.Sub(c.opened()).Seconds()
 		for i, bound := range ageBuckets {

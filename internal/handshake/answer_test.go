@@ -12,12 +12,12 @@ func TestAnswerHeader(t *testing.T) {
 		"Connection: Upgrade, X-Hop", "X-Hop: 1", "Keep-Alive: timeout=5", "Set-Cookie: a=1", "Set-Cookie: b=2",
 		"Server: backend", "Date: Thu, 01 Jan 1970 00:00:00 GMT", "X-Kept: yes", "Content-Length: 0",
 		"Sec-WebSocket-Protocol: chat", "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=10; client_no_context_takeover",
-	)})
+	)}, testUpstream)
 	if err != nil {
 		t.Fatal(err)
 	}
 	h := http.Header{"Server": {"Caddy"}, "Date": {"now"}, "Alt-Svc": {"h3"}, "Set-Cookie": {"own=1"}}
-	res.AnswerHeader(h, sampleKey)
+	res.AnswerHeader(h, sampleKey, Down{})
 	compareHeader(t, h, http.Header{
 		"Upgrade": {"websocket"}, "Connection": {"Upgrade"},
 		"Sec-WebSocket-Accept":     {sampleAccept},
@@ -33,12 +33,12 @@ func TestAnswerHeader(t *testing.T) {
 }
 
 func TestAnswerHeaderSaysNothingThatWasNotAgreed(t *testing.T) {
-	res, err := asked(t).Do(&scripted{script: switching()})
+	res, err := asked(t).Do(&scripted{script: switching()}, testUpstream)
 	if err != nil {
 		t.Fatal(err)
 	}
 	h := http.Header{}
-	res.AnswerHeader(h, sampleKey)
+	res.AnswerHeader(h, sampleKey, Down{})
 	compareHeader(t, h, http.Header{"Upgrade": {"websocket"}, "Connection": {"Upgrade"}, "Sec-WebSocket-Accept": {sampleAccept}})
 }
 
@@ -65,12 +65,12 @@ func TestRelayHeader(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			res, err := asked(t).Do(&scripted{script: test.script})
+			res, err := asked(t).Do(&scripted{script: test.script}, testUpstream)
 			if err != nil {
 				t.Fatal(err)
 			}
 			h := http.Header{"Server": {"Caddy"}, "Via": {"1.1 Caddy"}}
-			res.RelayHeader(h)
+			res.RelayHeader(h, Down{})
 			compareHeader(t, h, test.want)
 		})
 	}

@@ -10,6 +10,7 @@ import (
 	"math"
 	"net/http"
 	"slices"
+	"time"
 
 	"golang.org/x/net/http/httpguts"
 
@@ -34,6 +35,9 @@ type Response struct {
 	Subprotocol string
 	Compression deflate.Agreement
 	Early       []byte // what came after the header
+
+	upstream Upstream
+	latency  time.Duration // from the request to the end of the answer's header
 }
 
 // errors that mean that an answer is no WebSocket handshake.
@@ -42,11 +46,16 @@ var (
 	errAccept    = errors.New("backend answered with a wrong Sec-WebSocket-Accept")
 )
 
-// Do sends q over conn and reads the backend's answer. An error means that no
+// Do sends q over conn to an upstream and reads its answer. An error means that no
 // usable answer came: connection errors and timeouts as they are, everything
 // else is a bad answer. The caller bounds the time by conn's deadlines, and
 // closes conn unless it takes the tunnel.
-func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
+func (q *Request) Do(conn io.ReadWriter, to Upstream) (*Response, error) {
+	q, err := q.to(&to)
+	if err != nil {
+		return nil, fmt.Errorf("preparing handshake: %w", err)
+	}
+	began := time.Now()
 	var nonce [16]byte
 	rand.Read(nonce[:])
 	key := base64.StdEncoding.EncodeToString(nonce[:])
@@ -66,11 +75,15 @@ func (q *Request) Do(conn io.ReadWriter) (*Response, error) {
 		}
 		return nil, fmt.Errorf("reading handshake response: %w", err)
 	}
+	answer := &Response{HTTP: res, upstream: to, latency: time.Since(began)}
 	if res.StatusCode != http.StatusSwitchingProtocols {
 		limited.N = math.MaxInt64 // the body is for the client, who asked for it
-		return &Response{HTTP: res}, nil
+		return answer, nil
 	}
-	return q.upgrade(res, br, key)
+	if err := q.upgrade(answer, br, key); err != nil {
+		return nil, err
+	}
+	return answer, nil
 }
 
 // errorKeeper remembers why reading ended, if it was not the end of the stream.
@@ -99,71 +112,29 @@ func readFinal(br *bufio.Reader) (*http.Response, error) {
 }
 
 // upgrade checks a 101 (RFC 6455 §4.1): a tunnel is opened for nothing less.
-func (q *Request) upgrade(res *http.Response, br *bufio.Reader, key string) (*Response, error) {
+func (q *Request) upgrade(answer *Response, br *bufio.Reader, key string) error {
+	res := answer.HTTP
 	if !httpguts.HeaderValuesContainsToken(res.Header["Upgrade"], "websocket") ||
 		!httpguts.HeaderValuesContainsToken(res.Header["Connection"], "upgrade") {
-		return nil, errNoUpgrade
+		return errNoUpgrade
 	}
 	if !exactly(res.Header["Sec-Websocket-Accept"], AcceptKey(key)) {
-		return nil, errAccept
+		return errAccept
 	}
-	up := &Response{HTTP: res, Upgraded: true}
 	if chosen := res.Header["Sec-Websocket-Protocol"]; len(chosen) > 0 {
 		if len(chosen) > 1 || !slices.Contains(q.subprotocols, chosen[0]) {
-			return nil, fmt.Errorf("backend chose a subprotocol that was not offered: %q", chosen)
+			return fmt.Errorf("backend chose a subprotocol that was not offered: %q", chosen)
 		}
-		up.Subprotocol = chosen[0]
+		answer.Subprotocol = chosen[0]
 	}
 	var err error
-	if up.Compression, err = q.offer.Accept(res.Header["Sec-Websocket-Extensions"]); err != nil {
-		return nil, fmt.Errorf("backend's extensions: %w", err)
+	if answer.Compression, err = q.offer.Accept(res.Header["Sec-Websocket-Extensions"]); err != nil {
+		return fmt.Errorf("backend's extensions: %w", err)
 	}
 	if n := br.Buffered(); n > 0 {
-		up.Early = make([]byte, n)
-		_, _ = io.ReadFull(br, up.Early) // it is all there
+		answer.Early = make([]byte, n)
+		_, _ = io.ReadFull(br, answer.Early) // it is all there
 	}
-	return up, nil
-}
-
-// AnswerHeader adds to h what the client's 101 carries: the backend's headers of
-// this handshake, without those that concern one hop, and the proxy's own answer
-// to the client's key.
-func (p *Response) AnswerHeader(h http.Header, clientKey string) {
-	theirs := p.HTTP.Header.Clone()
-	stripHop(theirs)
-	for _, name := range []string{"Sec-Websocket-Accept", "Sec-Websocket-Protocol", "Sec-Websocket-Extensions"} {
-		theirs.Del(name)
-	}
-	CopyHeader(h, theirs)
-	// The field's spelling, which some clients insist on.
-	h["Upgrade"] = []string{"websocket"}
-	h["Connection"] = []string{"Upgrade"}
-	h["Sec-WebSocket-Accept"] = []string{AcceptKey(clientKey)} //nolint:canonicalheader // RFC 6455 §11.3
-	if p.Subprotocol != "" {
-		h["Sec-WebSocket-Protocol"] = []string{p.Subprotocol} //nolint:canonicalheader // RFC 6455 §11.3
-	}
-	if answer := p.Compression.Answer(); answer != "" {
-		h["Sec-WebSocket-Extensions"] = []string{answer} //nolint:canonicalheader // RFC 6455 §11.3
-	}
-}
-
-// RelayHeader adds to h what a response that is no 101 carries for the client.
-func (p *Response) RelayHeader(h http.Header) {
-	theirs := p.HTTP.Header.Clone()
-	length := theirs.Get("Content-Length")
-	stripHop(theirs)
-	if length != "" {
-		theirs.Set("Content-Length", length)
-	}
-	CopyHeader(h, theirs)
-}
-
-// CopyHeader adds src to dst. A Server or Date of src replaces that of dst.
-func CopyHeader(dst, src http.Header) {
-	for name, values := range src {
-		if name == "Server" || name == "Date" {
-			dst.Del(name)
-		}
-		dst[name] = append(dst[name], values...)
-	}
+	answer.Upgraded = true
+	return nil
 }

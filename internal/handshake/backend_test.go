@@ -49,10 +49,12 @@ func (s *scripted) Read(p []byte) (int, error) {
 	return n, err
 }
 
+var testUpstream = Upstream{Network: "tcp", Address: "10.0.0.1:8080"}
+
 // newRequest is NewRequest of a request that is no attack.
 func newRequest(t *testing.T, r *http.Request, id string, trusted bool, offer deflate.Negotiation) *Request {
 	t.Helper()
-	q, err := NewRequest(r, id, trusted, offer)
+	q, err := NewRequest(r, Client{ID: id, IP: "192.0.2.1", Trusted: trusted}, offer, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +146,7 @@ func TestDoOpensATunnelForATrue101Only(t *testing.T) {
 				continue // what is early depends on the timing
 			}
 			t.Run(test.name+"/"+name, func(t *testing.T) {
-				got, err := asked(t).Do(&scripted{script: test.script, slow: slow})
+				got, err := asked(t).Do(&scripted{script: test.script, slow: slow}, testUpstream)
 				if !test.ok {
 					if err == nil {
 						t.Fatalf("got status %d, upgraded %t, want an error", got.HTTP.StatusCode, got.Upgraded)
@@ -186,7 +188,7 @@ func TestDoReturnsOtherAnswersWithTheirBody(t *testing.T) {
 		{"body cut short", "HTTP/1.1 400 Bad Request\r\nContent-Length: 10\r\n\r\nhalf", 400, "half", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := asked(t).Do(&scripted{script: test.script})
+			got, err := asked(t).Do(&scripted{script: test.script}, testUpstream)
 			if err != nil {
 				t.Fatalf("got error %v, want none", err)
 			}
@@ -210,11 +212,11 @@ func TestDoPassesConnectionErrorsOn(t *testing.T) {
 		{"inside the header", "HTTP/1.1 101 Switching Protocols\r\nUpgr"},
 		{"between 1xx and the answer", "HTTP/1.1 103 Early Hints\r\n\r\n"},
 	} {
-		if _, err := asked(t).Do(&scripted{script: test.script, then: reset}); !errors.Is(err, reset) {
+		if _, err := asked(t).Do(&scripted{script: test.script, then: reset}, testUpstream); !errors.Is(err, reset) {
 			t.Errorf("reset %s: got error %v, want it to wrap the connection's", test.name, err)
 		}
 	}
-	if _, err := asked(t).Do(brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
+	if _, err := asked(t).Do(brokenPipe{}, testUpstream); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("write refused: got error %v, want it to wrap the connection's", err)
 	}
 }
@@ -231,7 +233,7 @@ func TestDoEndsAtTheDeadline(t *testing.T) {
 	t.Cleanup(func() { _, _ = near.Close(), far.Close() })
 	go func() { _, _ = io.Copy(io.Discard, far) }() // until both ends are closed
 	_ = near.SetDeadline(time.Now().Add(20 * time.Millisecond))
-	_, err := asked(t).Do(near)
+	_, err := asked(t).Do(near, testUpstream)
 	var timeout net.Error
 	if !errors.Is(err, os.ErrDeadlineExceeded) || !errors.As(err, &timeout) || !timeout.Timeout() {
 		t.Errorf("got error %v, want a timeout", err)
@@ -242,7 +244,7 @@ func TestDoSendsADifferentKeyEachTime(t *testing.T) {
 	q, seen := asked(t), map[string]bool{}
 	for range 8 {
 		backend := &scripted{script: switching()}
-		if _, err := q.Do(backend); err != nil {
+		if _, err := q.Do(backend, testUpstream); err != nil {
 			t.Fatal(err)
 		}
 		r, err := http.ReadRequest(bufio.NewReader(&backend.request))

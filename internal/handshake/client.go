@@ -9,6 +9,7 @@ import (
 	"crypto/sha1" //nolint:gosec // RFC 6455 §4.2.2 wants it; nothing secret depends on it
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"net/http"
 
 	"golang.org/x/net/http/httpguts"
@@ -30,8 +31,8 @@ func IsUpgrade(r *http.Request) bool {
 }
 
 // Check returns why an upgrade request must be refused (RFC 6455 §4.2.1), or nil.
-func Check(r *http.Request) *Refusal {
-	no := check(r)
+func Check(r *http.Request, allowed Origins) *Refusal {
+	no := check(r, allowed)
 	if no != nil && hasBody(r) {
 		// Else net/http would first wait for a body that may never come.
 		no.Header.Set("Connection", "close")
@@ -39,7 +40,7 @@ func Check(r *http.Request) *Refusal {
 	return no
 }
 
-func check(r *http.Request) *Refusal {
+func check(r *http.Request, allowed Origins) *Refusal {
 	switch {
 	case r.Method != http.MethodGet:
 		return refuse(http.StatusMethodNotAllowed, "a WebSocket handshake must be a GET", "Allow", http.MethodGet)
@@ -50,6 +51,8 @@ func check(r *http.Request) *Refusal {
 		return refuse(http.StatusUpgradeRequired, "unsupported WebSocket version", "Sec-WebSocket-Version", "13")
 	case !validKey(r.Header["Sec-Websocket-Key"]):
 		return refuse(http.StatusBadRequest, "missing or malformed Sec-WebSocket-Key")
+	case !allowed.allow(r):
+		return refuse(http.StatusForbidden, fmt.Sprintf("origin %q is not allowed", r.Header["Origin"]))
 	}
 	return nil
 }

@@ -117,7 +117,7 @@ func TestCheck(t *testing.T) {
 		{"version and key wrong", get, []string{"Sec-WebSocket-Version: 8", "Sec-WebSocket-Key:"}, 426, "Sec-Websocket-Version", "13"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got := Check(received(t, test.requestLine, test.lines...))
+			got := Check(received(t, test.requestLine, test.lines...), nil)
 			if got == nil || test.status == 0 {
 				if got != nil || test.status != 0 {
 					t.Fatalf("got %+v, want status %d", got, test.status)

@@ -3,6 +3,7 @@
 package handshake
 
 import (
+	"crypto/tls"
 	"net/http"
 	"strings"
 	"testing"
@@ -138,5 +139,39 @@ func TestHTTPIsTheClientsRequest(t *testing.T) {
 				t.Error("got a Holdfast-Resume")
 			}
 		}
+	}
+}
+
+// What is known of the client stays known, also for who chooses the next backend.
+func TestRequestRemembersItsClient(t *testing.T) {
+	for _, test := range []struct {
+		name, remote, ip string
+		trusted          bool
+		tls              *tls.ConnectionState
+	}{
+		{"client", "192.0.2.1:1234", "192.0.2.1", false, nil},
+		{"behind a trusted proxy, over TLS", "[2001:db8::1]:1234", "198.51.100.7", true, new(tls.ConnectionState)},
+		{"Unix socket", "@", "", false, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := received(t, get)
+			r.RemoteAddr, r.TLS = test.remote, test.tls
+			q, err := NewRequest(r, Client{ID: "id", IP: test.ip, Trusted: test.trusted}, deflate.Negotiation{}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, q := range []*Request{q, q.Redial(deflate.Agreement{}, "attempt=1, replayed=0, cause=1006")} {
+				if q.ClientIP() != test.ip || q.Trusted() != test.trusted || q.TLS() != (test.tls != nil) {
+					t.Errorf("got IP %s, trusted %t, TLS %t", q.ClientIP(), q.Trusted(), q.TLS())
+				}
+				got, err := q.HTTP()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got.RemoteAddr != test.remote {
+					t.Errorf("got RemoteAddr %q, want %q", got.RemoteAddr, test.remote)
+				}
+			}
+		})
 	}
 }

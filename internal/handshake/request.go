@@ -13,6 +13,9 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
+
 	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 )
 
@@ -27,6 +30,17 @@ type Request struct {
 	subprotocols []string
 	offer        deflate.Negotiation
 	resume       string
+	late         *headers.HeaderOps // header_up, where it waits for the dial
+	client       Client
+	remote       string
+	secure       bool
+}
+
+// Client is what the proxy knows of who sent a request.
+type Client struct {
+	ID      string // of the connection
+	IP      string // as Caddy trusts it to be
+	Trusted bool   // the request comes from a trusted proxy, whose X-Forwarded-* are continued
 }
 
 // hopHeaders are the headers that concern one hop, besides those that the
@@ -36,8 +50,12 @@ var hopHeaders = []string{
 	"Proxy-Authorization", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length",
 }
 
-// dialHeaders are written anew for every dial.
-var dialHeaders = []string{"Sec-Websocket-Key", "Sec-Websocket-Version", "Sec-Websocket-Extensions", "Host"}
+// dialHeaders are the proxy's own, of the handshake, or would say that there is a
+// body, after which a backend would wait for one.
+var dialHeaders = []string{
+	"Sec-Websocket-Key", "Sec-Websocket-Version", "Sec-Websocket-Extensions", "Host", "Upgrade", "Connection",
+	"Content-Length", "Transfer-Encoding", "Trailer",
+}
 
 // wireNames are the names of RFC 6455 §11.3, which net/http spells otherwise.
 var wireNames = map[string]string{
@@ -45,40 +63,103 @@ var wireNames = map[string]string{
 	"Sec-Websocket-Extensions": "Sec-WebSocket-Extensions",
 }
 
-// NewRequest makes the request for the backends from r, which passed Check. id
-// names the connection; trusted says that r comes from a trusted proxy, whose
-// X-Forwarded-* headers are continued. A host or a target that would break out of
-// its line is an error: the server that received r refuses them, but a handler may
-// have made them of what the client sent.
-func NewRequest(r *http.Request, id string, trusted bool, offer deflate.Negotiation) (*Request, error) {
-	target := r.URL.RequestURI()
-	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return nil, fmt.Errorf("invalid request target %q", target)
-	}
-	if !httpguts.ValidHostHeader(r.Host) {
-		return nil, fmt.Errorf("invalid host %q", r.Host)
-	}
-	h := r.Header.Clone()
-	stripHop(h)
-	for _, name := range dialHeaders {
-		h.Del(name)
-	}
-	for name := range h {
-		if ownHeader(name) {
-			delete(h, name)
+// NewRequest makes the request for the backends from r, which passed Check, with
+// what h, which may be nil, changes. A host or a target that would break out of its
+// line is an error: the server that received r refuses them, but a handler may have
+// made them of what the client sent.
+func NewRequest(r *http.Request, client Client, offer deflate.Negotiation, h *Headers) (*Request, error) {
+	q := &Request{offer: offer, client: client, remote: r.RemoteAddr, secure: r.TLS != nil}
+	header, host := r.Header.Clone(), r.Host
+	stripHop(header)
+	forwarded(header, r, client.Trusted)
+	if h != nil {
+		repl := replacer(r)
+		// Of the client's own header: what it nominates as of one hop is not absent.
+		if origin := repl.ReplaceKnown(h.DefaultOrigin, ""); origin != "" && len(r.Header["Origin"]) == 0 {
+			header["Origin"] = []string{origin}
+		}
+		switch {
+		case h.late != nil:
+			q.late = h.late.of(repl)
+		case h.Request != nil:
+			if host = apply(h.Request, header, host, repl); host == "" {
+				q.late = upstreamHost
+			}
 		}
 	}
-	forwarded(h, r, trusted)
-	h[IDHeader] = []string{id}
+	if err := q.compose(r.URL.RequestURI(), host, header); err != nil {
+		return nil, err
+	}
+	return q, nil
+}
 
+// NewProbe makes a request of the proxy's own, for no client: h is all that it
+// carries besides the handshake, and must have none of its fields. It offers no
+// extensions.
+func NewProbe(target, host string, h http.Header) (*Request, error) {
+	q := new(Request)
+	if err := q.compose(target, host, h); err != nil {
+		return nil, err
+	}
+	return q, nil
+}
+
+// compose makes the request's head. Neither target nor host may break out of its
+// line; fields that could are left out.
+func (q *Request) compose(target, host string, h http.Header) error {
+	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return fmt.Errorf("invalid request target %q", target)
+	}
+	return q.setHead("GET "+target+" HTTP/1.1\r\n", host, h)
+}
+
+// setHead sets the request line and the headers.
+func (q *Request) setHead(line, host string, h http.Header) error {
+	if !httpguts.ValidHostHeader(host) {
+		return fmt.Errorf("invalid host %q", host)
+	}
 	var b bytes.Buffer
-	b.WriteString("GET " + target + " HTTP/1.1\r\nHost: " + r.Host + "\r\n")
+	b.WriteString(line + "Host: " + host + "\r\n")
 	writeHeader(&b, h)
-	return &Request{
-		head:         bytes.Clone(b.Bytes()),
-		subprotocols: tokens(h["Sec-Websocket-Protocol"]),
-		offer:        offer,
-	}, nil
+	q.head, q.subprotocols = bytes.Clone(b.Bytes()), tokens(h["Sec-Websocket-Protocol"])
+	return nil
+}
+
+// to returns the request for an upstream.
+func (q *Request) to(up *Upstream) (*Request, error) {
+	if q.late == nil {
+		return q, nil
+	}
+	line, fields, _ := bytes.Cut(q.head, []byte("\n"))
+	lines := io.MultiReader(bytes.NewReader(fields), strings.NewReader("\r\n"))
+	parsed, err := textproto.NewReader(bufio.NewReader(lines)).ReadMIMEHeader()
+	if err != nil {
+		return nil, err
+	}
+	h := http.Header(parsed)
+	host := h.Get("Host")
+	h.Del("Host")
+	if host = apply(q.late, h, host, lateReplacer(up)); host == "" {
+		host = up.Address
+	}
+	dialed := *q
+	if err := dialed.setHead(string(line)+"\n", host, h); err != nil {
+		return nil, err
+	}
+	return &dialed, nil
+}
+
+// replacer returns the replacer of a request.
+func replacer(r *http.Request) *caddy.Replacer {
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		return repl
+	}
+	return caddy.NewEmptyReplacer()
+}
+
+// reserved reports whether a header is the proxy's own.
+func reserved(name string) bool {
+	return slices.Contains(dialHeaders, textproto.CanonicalMIMEHeaderKey(name)) || ownHeader(name)
 }
 
 // ownHeader reports whether a header's name is one of ours, also as CGI and its
@@ -94,19 +175,37 @@ const ResumeHeader = "Holdfast-Resume"
 // Redial returns the request for a backend that comes after the first one, from
 // which the client was told of the compression. resume is the value of ResumeHeader.
 func (q *Request) Redial(told deflate.Agreement, resume string) *Request {
-	return &Request{head: q.head, subprotocols: q.subprotocols, offer: told.Redial(), resume: resume}
+	again := *q
+	again.offer, again.resume = told.Redial(), resume
+	return &again
 }
 
 // HTTP returns the request as a server would have it, for what chooses a backend
-// by it.
+// by it. It has what header_up changed, unless that waits for the backend.
 func (q *Request) HTTP() (*http.Request, error) {
-	return http.ReadRequest(bufio.NewReader(io.MultiReader(bytes.NewReader(q.head), strings.NewReader("\r\n"))))
+	r, err := http.ReadRequest(bufio.NewReader(io.MultiReader(bytes.NewReader(q.head), strings.NewReader("\r\n"))))
+	if err == nil {
+		r.RemoteAddr = q.remote
+	}
+	return r, err
 }
+
+// ClientIP is the client's address, as Caddy trusts it to be.
+func (q *Request) ClientIP() string { return q.client.IP }
+
+// Trusted reports whether the request came from a trusted proxy.
+func (q *Request) Trusted() bool { return q.client.Trusted }
+
+// TLS reports whether the request came over TLS.
+func (q *Request) TLS() bool { return q.secure }
 
 // wire returns the request as it goes to a backend with the given key.
 func (q *Request) wire(key string) []byte {
 	var b bytes.Buffer
 	b.Write(q.head)
+	if q.client.ID != "" { // else it is a probe
+		b.WriteString(IDHeader + ": " + q.client.ID + "\r\n")
+	}
 	if q.resume != "" {
 		b.WriteString(ResumeHeader + ": " + q.resume + "\r\n")
 	}
@@ -166,9 +265,9 @@ func forwarded(h http.Header, r *http.Request, trusted bool) {
 	}
 }
 
-// writeHeader writes h in a stable order, with the field's own spelling. Values
-// that could break out of a header line, which net/http has refused already and
-// another handler may have set, are left out.
+// writeHeader writes h in a stable order, with the field's own spelling, but for what
+// is the proxy's own. Values that could break out of a header line, which net/http
+// has refused already and another handler may have set, are left out.
 func writeHeader(b *bytes.Buffer, h http.Header) {
 	names := make([]string, 0, len(h))
 	for name := range h {
@@ -180,7 +279,7 @@ func writeHeader(b *bytes.Buffer, h http.Header) {
 		if s, ok := wireNames[name]; ok {
 			spelled = s
 		}
-		if !httpguts.ValidHeaderFieldName(name) {
+		if !httpguts.ValidHeaderFieldName(name) || reserved(name) {
 			continue
 		}
 		for _, v := range h[name] {

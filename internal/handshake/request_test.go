@@ -164,7 +164,7 @@ func TestNothingBreaksOutOfItsLine(t *testing.T) {
 			for _, trusted := range []bool{false, true} {
 				r := received(t, get)
 				test.set(r)
-				q, err := NewRequest(r, "id", trusted, deflate.Negotiation{})
+				q, err := NewRequest(r, Client{ID: "id", Trusted: trusted}, deflate.Negotiation{}, nil)
 				if (err != nil) != test.refused {
 					t.Fatalf("error: got %v, want one: %t", err, test.refused)
 				}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/replay"
@@ -44,6 +45,16 @@ type Transport struct {
 	// It must be positive.
 	// Default: `10s`.
 	HandshakeTimeout *caddy.Duration `json:"handshake_timeout,omitempty"`
+
+	// TLS to all upstreams whose scheme does not say otherwise, with these settings,
+	// which are reverse_proxy's. Upstreams with wss or https have TLS also without.
+	// Default: none.
+	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
+
+	// The version of the PROXY protocol with whose header each connection to an
+	// upstream begins: `v1` or `v2`. It says who the client is.
+	// Default: no header.
+	ProxyProtocol string `json:"proxy_protocol,omitempty"`
 }
 
 // KeepAlive has the settings of live connections.
@@ -133,17 +144,59 @@ type Replay struct {
 	Overflow string `json:"overflow,omitempty"`
 }
 
+// Limits has the bounds of a route's connections and of their messages.
+type Limits struct {
+	// How many connections the route may have at once; one more is refused with
+	// status 503. Zero: any number, and what connection_registry allows in all does
+	// not count for them.
+	// Default: as many as connection_registry allows.
+	MaxConnections *int `json:"max_connections,omitempty"`
+
+	// How many of them one client IP may have; one more is refused with status 429.
+	// Zero: any number, and what connection_registry allows an IP does not count for
+	// them.
+	// Default: as many as connection_registry allows.
+	MaxConnectionsPerIP *int `json:"max_connections_per_ip,omitempty"`
+
+	// How many connections each upstream may have, re-dials and moves included; it
+	// gets no more. If all have as many, clients are refused with status 503. Zero:
+	// any number.
+	// Default: `0`.
+	PerUpstream *int `json:"upstream_max_connections,omitempty"`
+
+	// Where pages may come from that connect: `https://example.com`, or without a
+	// scheme for any; `*` stands for any text. Others are
+	// refused with status 403 before anything is dialed. Clients that send no Origin
+	// are no browsers and are let in.
+	// Default: anywhere.
+	AllowedOrigins []string `json:"allowed_origins,omitempty"`
+
+	// The largest message of a client, in bytes of payload on the wire over all its
+	// fragments: a compressed one counts as it is. As soon as a frame's header says
+	// that its message is larger, the client is closed with code 1009 and the backend
+	// with 1001; what came of that message before may have been passed on. Zero: any
+	// size.
+	// Default: `0`.
+	ClientMaxMessageSize *int64 `json:"client_max_message_size,omitempty"`
+
+	// The largest message of a backend, likewise; the client and the backend are
+	// closed with code 1009. Zero: any size.
+	// Default: `0`.
+	ServerMaxMessageSize *int64 `json:"server_max_message_size,omitempty"`
+}
+
 // Live are the groups that matter to live connections; nil is all defaults.
 type Live struct {
 	KeepAlive   *KeepAlive
 	Resume      *Resume
 	Replay      *Replay
+	Limits      *Limits
 	DrainWindow *caddy.Duration
 }
 
 // Session returns the settings of live connections, with the defaults filled in.
 func (l Live) Session() (session.Settings, error) {
-	k, r, p := orZero(l.KeepAlive), orZero(l.Resume), orZero(l.Replay)
+	k, r, p, m := orZero(l.KeepAlive), orZero(l.Resume), orZero(l.Replay), orZero(l.Limits)
 	mode := replay.Unacked
 	if p.Mode != "" {
 		var err error
@@ -160,6 +213,9 @@ func (l Live) Session() (session.Settings, error) {
 		MaxLifetime:      DurationOr(k.MaxLifetime, 0),
 		WriteTimeout:     DurationOr(k.WriteTimeout, WriteTimeout),
 
+		ClientMaxMessage: orZero(m.ClientMaxMessageSize),
+		ServerMaxMessage: orZero(m.ServerMaxMessageSize),
+
 		ResumeTimeout: DurationOr(r.Timeout, ResumeTimeout),
 		ResumeMin:     shortest,
 		ResumeMax:     DurationOr(r.MaxInterval, max(ResumeMax, shortest)),
@@ -174,17 +230,20 @@ func (l Live) Session() (session.Settings, error) {
 
 // Check refuses values that mean nothing; the error names the setting.
 func (l Live) Check(t *Transport) error {
-	c, k, r, p := orZero(t), orZero(l.KeepAlive), orZero(l.Resume), orZero(l.Replay)
-	err := first(
-		positive("dial_timeout", c.DialTimeout), positive("handshake_timeout", c.HandshakeTimeout),
-		notNegative("ping_interval", k.PingInterval), positive("ping_timeout", k.PingTimeout),
-		notNegative("idle_timeout", k.IdleTimeout), notNegative("first_data_timeout", k.FirstDataTimeout),
-		notNegative("max_lifetime", k.MaxLifetime), notNegative("write_timeout", k.WriteTimeout),
-		notNegative("resume_timeout", r.Timeout),
-		positive("resume_interval", r.MinInterval), positive("resume_interval", r.MaxInterval),
-		notNegative("drain_window", l.DrainWindow),
+	c, k, r, p, m := orZero(t), orZero(l.KeepAlive), orZero(l.Resume), orZero(l.Replay), orZero(l.Limits)
+	err := First(
+		Positive("dial_timeout", c.DialTimeout), Positive("handshake_timeout", c.HandshakeTimeout),
+		NotNegative("ping_interval", k.PingInterval), Positive("ping_timeout", k.PingTimeout),
+		NotNegative("idle_timeout", k.IdleTimeout), NotNegative("first_data_timeout", k.FirstDataTimeout),
+		NotNegative("max_lifetime", k.MaxLifetime), NotNegative("write_timeout", k.WriteTimeout),
+		NotNegative("resume_timeout", r.Timeout),
+		Positive("resume_interval", r.MinInterval), Positive("resume_interval", r.MaxInterval),
+		NotNegative("drain_window", l.DrainWindow),
 		CheckCount("resume_concurrency", r.Concurrency, 1), CheckCount("resume_limit", r.Limit, 0),
 		CheckSize("replay_buffer", p.Buffer),
+		CheckCount("max_connections", m.MaxConnections, 0), CheckCount("max_connections_per_ip", m.MaxConnectionsPerIP, 0),
+		CheckCount("client_max_message_size", m.ClientMaxMessageSize, 0),
+		CheckCount("server_max_message_size", m.ServerMaxMessageSize, 0),
 	)
 	if err != nil {
 		return err
@@ -207,7 +266,8 @@ func (l Live) Check(t *Transport) error {
 	return err
 }
 
-func first(errs ...error) error {
+// First returns the first error of several.
+func First(errs ...error) error {
 	for _, err := range errs {
 		if err != nil {
 			return err
@@ -216,14 +276,16 @@ func first(errs ...error) error {
 	return nil
 }
 
-func positive(name string, d *caddy.Duration) error {
+// Positive refuses a duration that is not positive.
+func Positive(name string, d *caddy.Duration) error {
 	if d != nil && *d <= 0 {
 		return fmt.Errorf("%s must be positive: %s", name, time.Duration(*d))
 	}
 	return nil
 }
 
-func notNegative(name string, d *caddy.Duration) error {
+// NotNegative refuses a negative duration.
+func NotNegative(name string, d *caddy.Duration) error {
 	if d != nil && *d < 0 {
 		return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
 	}
@@ -239,7 +301,7 @@ func CheckSize(name string, size *int64) error {
 }
 
 // CheckCount refuses a number below least.
-func CheckCount(name string, n *int, least int) error {
+func CheckCount[N int | int64](name string, n *N, least N) error {
 	if n != nil && *n < least {
 		return fmt.Errorf("%s must be at least %d: %d", name, least, *n)
 	}

@@ -21,6 +21,7 @@ type groups struct {
 	KeepAlive   *settings.KeepAlive `json:"keep_alive"`
 	Resume      *settings.Resume    `json:"resume"`
 	Replay      *settings.Replay    `json:"replay"`
+	Limits      *settings.Limits    `json:"limits"`
 	DrainWindow *caddy.Duration     `json:"drain_window"`
 }
 
@@ -30,7 +31,9 @@ func parse(t *testing.T, config string) (settings.Live, *settings.Transport) {
 	if err := caddy.StrictUnmarshalJSON([]byte(config), &g); err != nil {
 		t.Fatal(err)
 	}
-	return settings.Live{KeepAlive: g.KeepAlive, Resume: g.Resume, Replay: g.Replay, DrainWindow: g.DrainWindow}, g.Transport
+	return settings.Live{
+		KeepAlive: g.KeepAlive, Resume: g.Resume, Replay: g.Replay, Limits: g.Limits, DrainWindow: g.DrainWindow,
+	}, g.Transport
 }
 
 // parseSession parses a config that passes the checks.
@@ -65,12 +68,14 @@ func TestDefaults(t *testing.T) {
 	}
 	for name, config := range map[string]string{
 		"no groups":    `{}`,
-		"null groups":  `{"transport":null,"keep_alive":null,"resume":null,"replay":null,"drain_window":null}`,
-		"empty groups": `{"transport":{},"keep_alive":{},"resume":{},"replay":{}}`,
-		"null fields":  `{"keep_alive":{"ping_interval":null},"resume":{"timeout":null,"close_codes":null,"limit":null},"replay":{"mode":"","buffer":null,"overflow":""}}`,
+		"null groups":  `{"transport":null,"keep_alive":null,"resume":null,"replay":null,"limits":null,"drain_window":null}`,
+		"empty groups": `{"transport":{},"keep_alive":{},"resume":{},"replay":{},"limits":{}}`,
+		"null fields": `{"keep_alive":{"ping_interval":null},"resume":{"timeout":null,"close_codes":null,"limit":null},
+			"replay":{"mode":"","buffer":null,"overflow":""},"limits":{"max_connections":null,"client_max_message_size":null}}`,
 		"said": `{"keep_alive":{"ping_interval":"30s","ping_timeout":"30s","idle_timeout":0,"first_data_timeout":0,"max_lifetime":0,"write_timeout":"30s"},
 			"resume":{"timeout":"30s","min_interval":"100ms","max_interval":"5s","concurrency":64,"close_codes":[1001,1012,1013],"limit":3},
-			"replay":{"mode":"unacked","buffer":5242880,"overflow":"pause"},"drain_window":"10s"}`,
+			"replay":{"mode":"unacked","buffer":5242880,"overflow":"pause"},"drain_window":"10s",
+			"limits":{"client_max_message_size":0,"server_max_message_size":0}}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := parseSession(t, config); !reflect.DeepEqual(got, want) {
@@ -109,13 +114,15 @@ func TestEverySettingArrives(t *testing.T) {
 	got := parseSession(t, `{
 		"keep_alive":{"ping_interval":"1s","ping_timeout":"2s","idle_timeout":"3s","first_data_timeout":"4s","max_lifetime":"5s","write_timeout":"6s"},
 		"resume":{"timeout":"7s","min_interval":"8s","max_interval":"9s","close_codes":[4000],"limit":10},
-		"replay":{"mode":"strict","buffer":11,"overflow":"close"},"drain_window":"12s"}`)
+		"replay":{"mode":"strict","buffer":11,"overflow":"close"},"drain_window":"12s",
+		"limits":{"max_connections":13,"max_connections_per_ip":14,"client_max_message_size":15,"server_max_message_size":16}}`)
 	want := session.Settings{
 		PingInterval: 1 * time.Second, PingTimeout: 2 * time.Second, IdleTimeout: 3 * time.Second,
 		FirstDataTimeout: 4 * time.Second, MaxLifetime: 5 * time.Second, WriteTimeout: 6 * time.Second,
 		ResumeTimeout: 7 * time.Second, ResumeMin: 8 * time.Second, ResumeMax: 9 * time.Second,
 		ResumeOn: []uint16{4000}, ResumeLimit: 10,
 		Replay: replay.Strict, ReplayBuffer: 11, ReplayClose: true, DrainWindow: 12 * time.Second,
+		ClientMaxMessage: 15, ServerMaxMessage: 16,
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got\n%+v\nwant\n%+v", got, want)
@@ -175,6 +182,10 @@ func TestCheck(t *testing.T) {
 		`{"replay":{"buffer":-5}}`:                                               "replay_buffer must be positive: -5",
 		`{"replay":{"overflow":"drop"}}`:                                         `unknown replay_overflow "drop": want pause or close`,
 		`{"drain_window":"-1s"}`:                                                 "drain_window must not be negative: -1s",
+		`{"limits":{"max_connections":-1}}`:                                      "max_connections must be at least 0: -1",
+		`{"limits":{"max_connections_per_ip":-2}}`:                               "max_connections_per_ip must be at least 0: -2",
+		`{"limits":{"client_max_message_size":-1}}`:                              "client_max_message_size must be at least 0: -1",
+		`{"limits":{"server_max_message_size":-9223372036854775808}}`:            "server_max_message_size must be at least 0: -9223372036854775808",
 		`{"resume":{"timeout":0,"concurrency":0}}`:                               "resume_concurrency", // also where it is not used
 		`{"replay":{"mode":"off","buffer":0}}`:                                   "replay_buffer",
 		`{"resume":{"close_codes":[]},"replay":{"mode":"off","overflow":"off"}}`: "replay_overflow",
@@ -192,6 +203,8 @@ func TestCheckBounds(t *testing.T) {
 		`{"transport":{"dial_timeout":1,"handshake_timeout":1},"keep_alive":{"ping_timeout":1}}`,
 		`{"resume":{"min_interval":1,"max_interval":1,"concurrency":1,"close_codes":[1000,1014,3000,4999,4999]},"replay":{"buffer":1}}`,
 		`{"replay":{"buffer":9223372036854775807}}`,
+		`{"limits":{"max_connections":0,"max_connections_per_ip":0,"client_max_message_size":0,"server_max_message_size":0}}`,
+		`{"limits":{"max_connections":1,"max_connections_per_ip":1,"client_max_message_size":1,"server_max_message_size":9223372036854775807}}`,
 	} {
 		l, transport := parse(t, config)
 		if err := l.Check(transport); err != nil {
@@ -204,8 +217,9 @@ func TestCheckBounds(t *testing.T) {
 // compared between configs, and shown by the admin API, is what was said.
 func TestJSONKeepsUnsetAndZeroApart(t *testing.T) {
 	for _, config := range []string{
-		`{"transport":{},"keep_alive":{},"resume":{},"replay":{},"drain_window":0}`,
-		`{"transport":{},"keep_alive":{"ping_interval":0},"resume":{"timeout":0,"close_codes":[],"limit":0},"replay":{"mode":"off"},"drain_window":1}`,
+		`{"transport":{},"keep_alive":{},"resume":{},"replay":{},"limits":{},"drain_window":0}`,
+		`{"transport":{},"keep_alive":{"ping_interval":0},"resume":{"timeout":0,"close_codes":[],"limit":0},"replay":{"mode":"off"},` +
+			`"limits":{"max_connections":0,"max_connections_per_ip":0,"client_max_message_size":0,"server_max_message_size":0},"drain_window":1}`,
 	} {
 		var g groups
 		if err := json.Unmarshal([]byte(config), &g); err != nil {

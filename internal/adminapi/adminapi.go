@@ -29,18 +29,28 @@ const (
 // maxReason is the longest reason of a close frame in bytes (RFC 6455 §5.5).
 const maxReason = frame.MaxControlPayload - 2
 
+// Drain sets whether the upstreams of a name, in one route or, for "", in all that
+// have them, are drained. It returns how many connections are to move, and false if
+// there is no such upstream.
+type Drain func(upstream, route string, drain bool) (conns int, found bool)
+
 // Routes returns the API's routes.
-func Routes(reg *registry.Registry) []caddy.AdminRoute {
-	a := &api{reg: reg}
+func Routes(reg *registry.Registry, drain Drain) []caddy.AdminRoute {
+	a := &api{reg: reg, drain: drain}
 	return []caddy.AdminRoute{
 		route("/connections", methods{http.MethodGet: a.list}),
 		route("/connections/stats", methods{http.MethodGet: a.stats}),
+		route("/connections/upstreams", methods{http.MethodGet: a.upstreams}),
+		route("/connections/drain", methods{http.MethodPost: a.beginDrain, http.MethodDelete: a.endDrain}),
 		route("/connections/{id}", methods{http.MethodGet: a.show, http.MethodDelete: a.end}),
 		route("/connections/{id}/migrate", methods{http.MethodPost: a.migrate}),
 	}
 }
 
-type api struct{ reg *registry.Registry }
+type api struct {
+	reg   *registry.Registry
+	drain Drain
+}
 
 type methods map[string]caddy.AdminHandlerFunc
 

@@ -39,7 +39,7 @@ type site struct {
 func newSite(t *testing.T) *site {
 	t.Helper()
 	s := &site{t: t, reg: registry.New(), mux: http.NewServeMux()}
-	for _, route := range Routes(s.reg) {
+	for _, route := range Routes(s.reg, s.drain) {
 		s.mux.HandleFunc(route.Pattern, func(w http.ResponseWriter, r *http.Request) {
 			err := route.Handler.ServeHTTP(w, r)
 			if err == nil {
@@ -57,6 +57,15 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
+// drain is what the config does about a drain, here for connections that do not move.
+func (s *site) drain(upstream, route string, drain bool) (conns int, found bool) {
+	found = len(s.reg.Drain(upstream, route, drain)) > 0
+	for _, n := range s.reg.Stats().ByUpstream {
+		conns += n
+	}
+	return conns, found
+}
+
 // open makes an open connection.
 func (s *site) open(route, upstream, client string) (*registry.Conn, *owner) {
 	s.t.Helper()
@@ -66,7 +75,7 @@ func (s *site) open(route, upstream, client string) (*registry.Conn, *owner) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	c.Attempt(to.Choose(func(func(string) int) string { return upstream }), upstream, time.Time{})
+	c.Attempt(to.Choose(func(func(string) registry.Load) string { return upstream }), upstream, time.Time{})
 	c.Open("")
 	return c, o
 }

@@ -92,7 +92,7 @@ func TestStatesBetweenBackends(t *testing.T) {
 	if v := one("?state=migrating&upstream=app:80"); v.Dial != "app:80" {
 		t.Errorf("migrating: got %+v", v)
 	}
-	c.TakeOver(c.Route().Choose(func(func(string) int) string { return "app:81" }), "10.1.1.2:81", 7)
+	c.TakeOver(c.Route().Choose(func(func(string) registry.Load) string { return "app:81" }), "10.1.1.2:81", 7)
 	c.SetBuffered(4096)
 	if v := one("?upstream=app:81"); v.State != "open" || v.Dial != "10.1.1.2:81" || v.Resumes != 1 || v.Replayed != 7 || v.Buffered != 4096 {
 		t.Errorf("moved: got %+v, want one resume, 7 replayed, 4096 bytes buffered", v)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/hijack"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -20,18 +21,21 @@ type Answer struct {
 	res     *handshake.Response
 	conn    net.Conn
 	place   *registry.Upstream
+	extra   http.Header   // what the selection policy tells the client
 	stall   time.Duration // how long the body of a refusal may pause
 }
 
 // Upgraded reports whether the upstream accepted the WebSocket.
 func (a *Answer) Upgraded() bool { return a.res.Upgraded }
 
-// Relay gives the client an answer that is no 101 as it is: status, header, body.
-func (a *Answer) Relay(o *Opening, w http.ResponseWriter) {
+// Relay gives the client an answer that is no 101: status, header, which down may
+// change, and body.
+func (a *Answer) Relay(o *Opening, w http.ResponseWriter, down handshake.Down) {
 	defer a.conn.Close()
 	stop := context.AfterFunc(o.ctx, func() { _ = a.conn.SetDeadline(past) })
 	defer stop()
-	a.res.RelayHeader(w.Header())
+	a.res.RelayHeader(w.Header(), down)
+	handshake.CopyHeader(w.Header(), a.extra)
 	w.WriteHeader(a.res.HTTP.StatusCode)
 	body := &patientReader{ctx: o.ctx, conn: a.conn, body: a.res.HTTP.Body, patience: a.stall}
 	if _, err := io.Copy(flusher{w, http.NewResponseController(w)}, body); err != nil {
@@ -71,22 +75,24 @@ func (f flusher) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Upgrade gives the client its 101, takes its connection over, and makes the
-// session, which owns the record from then on and is to be run.
-func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, pool Pool) (*session.Session, error) {
+// Upgrade gives the client its 101, whose header down may change, takes its
+// connection over, and makes the session, which owns the record from then on and is
+// to be run. addresses are those that placeholders made.
+func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, down handshake.Down, route Pool, addresses map[string]pool.Address) (*session.Session, error) {
 	// Before the 101: a client that has it finds its connection open in the registry.
 	if !o.rec.Open(a.res.Subprotocol) {
 		_ = a.conn.Close()
 		return nil, ErrEnded
 	}
-	a.res.AnswerHeader(w.Header(), r.Header.Get("Sec-WebSocket-Key"))
+	a.res.AnswerHeader(w.Header(), r.Header.Get("Sec-WebSocket-Key"), down)
+	handshake.CopyHeader(w.Header(), a.extra)
 	conn, early, err := hijack.SwitchProtocols(w)
 	if err != nil {
 		_ = a.conn.Close()
 		o.rec.Close(registry.Ending{Reason: registry.ClientGone})
 		return nil, err
 	}
-	s := session.New(o.rec, newLine(o.rec, pool, a), a.place,
+	s := session.New(o.rec, newLine(o.rec, route, a, addresses), a.place,
 		session.Peer{Conn: conn, Early: early},
 		session.Peer{Conn: a.conn, Early: a.res.Early},
 		a.res.Compression.Compressed())

@@ -13,6 +13,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -23,25 +24,28 @@ type Pool interface {
 	Settings() *session.Settings
 	Leaves(upstream string) bool
 	Others(upstream string) bool
+	Lost(upstream *registry.Upstream)
 	Unanswering(upstream *registry.Upstream)
-	// Redial returns how to reach the route's upstreams once each: the one of the
-	// name last comes last or, for a move, not at all.
-	Redial(q *handshake.Request, last string, move bool) Config
+	// Redial returns how to reach the route's upstreams once each: the one with the
+	// key last comes last or, for a move, not at all. addresses are those that
+	// placeholders made when the connection was opened.
+	Redial(q *handshake.Request, addresses map[string]pool.Address, why pool.Why, last string) Config
 }
 
 // line is what a connection keeps of its opening: the session's Route.
 type line struct {
 	Pool
-	rec     *registry.Conn
-	request *handshake.Request
+	rec       *registry.Conn
+	request   *handshake.Request
+	addresses map[string]pool.Address
 
 	// What the client was told: every later backend has to agree.
 	subprotocol string
 	compression deflate.Agreement
 }
 
-func newLine(rec *registry.Conn, pool Pool, a *Answer) *line {
-	return &line{Pool: pool, rec: rec, request: a.request, subprotocol: a.res.Subprotocol, compression: a.res.Compression}
+func newLine(rec *registry.Conn, route Pool, a *Answer, addresses map[string]pool.Address) *line {
+	return &line{Pool: route, rec: rec, request: a.request, addresses: addresses, subprotocol: a.res.Subprotocol, compression: a.res.Compression}
 }
 
 // errors of backends that cannot take a connection over.
@@ -51,24 +55,32 @@ var (
 )
 
 // Search implements session.Route.
-func (l *line) Search(i session.Interruption) func(context.Context, int) (*session.Found, error) {
-	c := l.Redial(l.request, i.Upstream, i.Move)
-	return func(ctx context.Context, attempt int) (*session.Found, error) {
-		t := c.Next()
+func (l *line) Search(i session.Interruption) func(context.Context) (*session.Found, error) {
+	why := pool.Resuming
+	if i.Move {
+		why = pool.Moving
+	}
+	redial := func() Config { return l.Redial(l.request, l.addresses, why, i.Upstream) }
+	c, dials := redial(), 0
+	return func(ctx context.Context) (*session.Found, error) {
+		t := c.Next(ctx)
 		if t == nil && !i.Move {
-			c = l.Redial(l.request, i.Upstream, false) // all over again
-			t = c.Next()
+			c = redial() // all over again
+			if t = c.Next(ctx); t == nil {
+				return nil, ErrNoUpstream // for now
+			}
 		}
 		if t == nil {
 			return nil, session.ErrNoUpstream
 		}
-		resume := fmt.Sprintf("attempt=%d, replayed=%d, cause=%d", attempt, i.Replayed, i.Cause)
+		dials++
+		resume := fmt.Sprintf("attempt=%d, replayed=%d, cause=%d", dials, i.Replayed, i.Cause)
 		found, err := l.reach(ctx, c, t, l.request.Redial(l.compression, resume), i.Suspect)
 		if err != nil {
 			l.rec.Route().Leave(t.Place)
 			if e := c.Logger.Check(zap.DebugLevel, "upstream does not take the connection over"); e != nil {
-				e.Write(zap.String("id", l.rec.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Address),
-					zap.Int("count", attempt), zap.Error(err))
+				e.Write(zap.String("id", l.rec.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Addr.Dial()),
+					zap.Int("count", dials), zap.Error(err))
 			}
 		}
 		return found, err
@@ -76,7 +88,7 @@ func (l *line) Search(i session.Interruption) func(context.Context, int) (*sessi
 }
 
 // reach dials a target. One that may break it is alone with it, among its like.
-func (l *line) reach(ctx context.Context, c Config, t *Target, q *handshake.Request, suspect bool) (*session.Found, error) {
+func (l *line) reach(ctx context.Context, c Config, t *pool.Target, q *handshake.Request, suspect bool) (*session.Found, error) {
 	if !suspect {
 		return l.dial(ctx, c, t, q)
 	}
@@ -94,7 +106,7 @@ func (l *line) reach(ctx context.Context, c Config, t *Target, q *handshake.Requ
 }
 
 // dial dials a target when it is this connection's turn.
-func (l *line) dial(ctx context.Context, c Config, t *Target, q *handshake.Request) (*session.Found, error) {
+func (l *line) dial(ctx context.Context, c Config, t *pool.Target, q *handshake.Request) (*session.Found, error) {
 	route := l.rec.Route()
 	if err := route.Redial(ctx, t.Place, c.Concurrency); err != nil {
 		return nil, err
@@ -109,7 +121,7 @@ func (l *line) dial(ctx context.Context, c Config, t *Target, q *handshake.Reque
 		return nil, err
 	}
 	return &session.Found{
-		Peer: session.Peer{Conn: a.conn, Early: a.res.Early}, Upstream: t.Place, Dial: t.Address,
+		Peer: session.Peer{Conn: a.conn, Early: a.res.Early}, Upstream: t.Place, Dial: t.Addr.Dial(),
 		Discard: func() {
 			_ = a.conn.Close()
 			route.Leave(t.Place)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -104,27 +105,40 @@ type testPool struct {
 	names       []string
 	concurrency int
 	redials     []string // the calls of Redial
+
+	mu    sync.Mutex
+	tried []string // what Tried was told: upstream, and whether it was of use
 }
 
 func (p *testPool) Settings() *session.Settings    { return new(session.Settings) }
 func (p *testPool) Leaves(string) bool             { return false }
 func (p *testPool) Others(string) bool             { return true }
+func (p *testPool) Lost(*registry.Upstream)        {}
 func (p *testPool) Unanswering(*registry.Upstream) {}
 
-func (p *testPool) Redial(q *handshake.Request, last string, move bool) Config {
-	p.redials = append(p.redials, fmt.Sprintf("last=%s move=%t", last, move))
+func (p *testPool) Redial(_ *handshake.Request, _ map[string]pool.Address, why pool.Why, last string) Config {
+	p.redials = append(p.redials, fmt.Sprintf("last=%s move=%t", last, why == pool.Moving))
 	names := slices.Clone(p.names)
 	return Config{
-		Next: func() *Target {
+		Next: func(context.Context) *pool.Target {
 			if len(names) == 0 {
 				return nil
 			}
 			name := names[0]
 			names = names[1:]
-			return &Target{
-				Place: p.route.Choose(func(func(string) int) string { return name }), Address: "dial of " + name,
+			addr, err := pool.ParseAddress(name + ".test:80")
+			if err != nil {
+				panic(err)
+			}
+			return &pool.Target{
+				Place: p.route.Choose(func(func(string) registry.Load) string { return name }), Addr: addr,
 				Dial: p.backends[name].dial,
 			}
+		},
+		Tried: func(t *pool.Target, _ time.Duration, err error) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.tried = append(p.tried, fmt.Sprintf("%s: %t", t.Place.Key(), err == nil))
 		},
 		DialTimeout: time.Second, HandshakeTimeout: 2 * time.Second, Concurrency: p.concurrency, Logger: zap.NewNop(),
 	}
@@ -132,8 +146,8 @@ func (p *testPool) Redial(q *handshake.Request, last string, move bool) Config {
 
 // places returns how many places are taken at an upstream.
 func (p *testPool) places(name string) (n int) {
-	p.route.Choose(func(conns func(string) int) string {
-		n = conns(name)
+	p.route.Choose(func(load func(string) registry.Load) string {
+		n = load(name).Conns
 		return ""
 	})
 	return n
@@ -156,14 +170,8 @@ func newTestLine(t *testing.T, was told, backends map[string]*backend, names ...
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET /chat?x=1 HTTP/1.1\r\nHost: example.com\r\nCookie: a=1\r\n" +
-		"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
-		"Sec-WebSocket-Protocol: one, two\r\n\r\n")))
-	if err != nil {
-		t.Fatal(err)
-	}
 	offer := deflate.Negotiate(was.offer, deflate.On)
-	q, err := handshake.NewRequest(r, rec.ID(), false, offer)
+	q, err := handshake.NewRequest(clientRequest(t), handshake.Client{ID: rec.ID()}, offer, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +179,19 @@ func newTestLine(t *testing.T, was told, backends map[string]*backend, names ...
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newLine(rec, p, &Answer{request: q, res: &handshake.Response{Subprotocol: was.subprotocol, Compression: agreed}}), p
+	return newLine(rec, p, &Answer{request: q, res: &handshake.Response{Subprotocol: was.subprotocol, Compression: agreed}}, nil), p
+}
+
+// clientRequest is a client's handshake.
+func clientRequest(t *testing.T) *http.Request {
+	t.Helper()
+	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET /chat?x=1 HTTP/1.1\r\nHost: example.com\r\nCookie: a=1\r\n" +
+		"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
+		"Sec-WebSocket-Protocol: one, two\r\n\r\n")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
 }
 
 // accepting is a backend that accepts, with some lines more.

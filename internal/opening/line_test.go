@@ -19,15 +19,15 @@ func TestSearchFindsABackend(t *testing.T) {
 	b := accepting("Sec-WebSocket-Protocol: one")
 	b.early = "early"
 	l, p := newTestLine(t, told{subprotocol: "one"}, map[string]*backend{"b": b}, "b")
-	found, err := l.Search(session.Interruption{Upstream: "a", Replayed: 7, Cause: 1012})(t.Context(), 3)
+	found, err := l.Search(session.Interruption{Upstream: "a", Replayed: 7, Cause: 1012})(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if found.Upstream.Name() != "b" || found.Dial != "dial of b" || string(found.Early) != "early" {
+	if found.Upstream.Name() != "b" || found.Dial != "b.test:80" || string(found.Early) != "early" {
 		t.Errorf("got %s, dialed as %s, early bytes %q", found.Upstream.Name(), found.Dial, found.Early)
 	}
 	r := b.requests[0]
-	if got := r.Header.Get("Holdfast-Resume"); got != "attempt=3, replayed=7, cause=1012" {
+	if got := r.Header.Get("Holdfast-Resume"); got != "attempt=1, replayed=7, cause=1012" {
 		t.Errorf("Holdfast-Resume: got %q", got)
 	}
 	if r.Header.Get("Holdfast-Connection") != l.rec.ID() || r.RequestURI != "/chat?x=1" || r.Host != "example.com" ||
@@ -58,19 +58,19 @@ func TestSearchGoesRound(t *testing.T) {
 		t.Run(fmt.Sprintf("move %t", move), func(t *testing.T) {
 			l, p := newTestLine(t, told{}, backends, "b", "a")
 			try := l.Search(session.Interruption{Upstream: "a", Move: move, Cause: 1006})
-			for attempt := 1; attempt <= 2; attempt++ {
-				if _, err := try(t.Context(), attempt); !errors.Is(err, refused) {
-					t.Fatalf("attempt %d: got %v, want that it is refused", attempt, err)
+			for range 2 {
+				if _, err := try(t.Context()); !errors.Is(err, refused) {
+					t.Fatalf("got %v, want that it is refused", err)
 				}
 			}
 			p.names = []string{"c"} // a reload
-			found, err := try(t.Context(), 3)
+			found, err := try(t.Context())
 			want := []string{fmt.Sprintf("last=a move=%t", move)}
 			if move {
 				if !errors.Is(err, session.ErrNoUpstream) {
 					t.Errorf("got %v, want that there is no other upstream", err)
 				}
-				if _, err := try(t.Context(), 4); !errors.Is(err, session.ErrNoUpstream) {
+				if _, err := try(t.Context()); !errors.Is(err, session.ErrNoUpstream) {
 					t.Errorf("got %v, want that it stays so", err)
 				}
 			} else {
@@ -79,6 +79,13 @@ func TestSearchGoesRound(t *testing.T) {
 					t.Fatalf("got %v, want the upstream of the newest config", err)
 				}
 				found.Discard()
+				if got := backends["c"].asked(); len(got) != 1 || !strings.HasPrefix(got[0], "attempt=3,") {
+					t.Errorf("got the resume headers %q, want the third dial's", got)
+				}
+			}
+			tried := []string{"b: false", "a: false", "c: true"}
+			if !slices.Equal(p.tried, tried[:len(p.tried)]) || len(p.tried) < 2 {
+				t.Errorf("got told that it tried %q, want %q", p.tried, tried)
 			}
 			if !slices.Equal(p.redials, want) {
 				t.Errorf("got the pool asked %q, want %q", p.redials, want)
@@ -92,8 +99,8 @@ func TestSearchGoesRound(t *testing.T) {
 	}
 	t.Run("no upstream at all", func(t *testing.T) {
 		l, _ := newTestLine(t, told{}, backends)
-		if _, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1); !errors.Is(err, session.ErrNoUpstream) {
-			t.Errorf("got %v, want that there is none", err)
+		if _, err := l.Search(session.Interruption{Upstream: "a"})(t.Context()); !errors.Is(err, ErrNoUpstream) || errors.Is(err, session.ErrNoUpstream) {
+			t.Errorf("got %v, want that there is none for now", err)
 		}
 	})
 }
@@ -107,7 +114,7 @@ func TestSearchRefused(t *testing.T) {
 		}
 		b := &backend{status: status}
 		l, p := newTestLine(t, told{}, map[string]*backend{"b": b}, "b")
-		_, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+		_, err := l.Search(session.Interruption{Upstream: "a"})(t.Context())
 		var refused *session.RefusedError
 		if err == nil || errors.As(err, &refused) != final || final && refused.Status != status {
 			t.Errorf("%d: got %v, want it final: %t", status, err, final)
@@ -146,7 +153,7 @@ func TestSearchAgrees(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l, p := newTestLine(t, test.told, map[string]*backend{"b": accepting(test.lines...)}, "b")
-			found, err := l.Search(session.Interruption{Upstream: "a"})(t.Context(), 1)
+			found, err := l.Search(session.Interruption{Upstream: "a"})(t.Context())
 			var refused *session.RefusedError
 			if (err == nil) != test.ok || errors.As(err, &refused) {
 				t.Errorf("got %v, want it taken: %t, and no final refusal", err, test.ok)
@@ -174,10 +181,10 @@ func TestSearchFails(t *testing.T) {
 		b    *backend
 		want string
 	}{
-		{"refused", &backend{refuse: errors.New("connection refused")}, "dialing dial of b: connection refused"},
-		{"silent", silent, "handshake with dial of b"},
-		{"an extension that was not offered", accepting("Sec-WebSocket-Extensions: x-unknown"), "handshake with dial of b"},
-		{"a subprotocol that was not offered", accepting("Sec-WebSocket-Protocol: three"), "handshake with dial of b"},
+		{"refused", &backend{refuse: errors.New("connection refused")}, "dialing b.test:80: connection refused"},
+		{"silent", silent, "handshake with b.test:80"},
+		{"an extension that was not offered", accepting("Sec-WebSocket-Extensions: x-unknown"), "handshake with b.test:80"},
+		{"a subprotocol that was not offered", accepting("Sec-WebSocket-Protocol: three"), "handshake with b.test:80"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l, p := newTestLine(t, told{}, map[string]*backend{"b": test.b}, "b")
@@ -186,7 +193,7 @@ func TestSearchFails(t *testing.T) {
 				began := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 				defer cancel()
-				_, err := l.Search(session.Interruption{Upstream: "a"})(ctx, 1)
+				_, err := l.Search(session.Interruption{Upstream: "a"})(ctx)
 				if err == nil || !strings.Contains(err.Error(), test.want) {
 					t.Errorf("got %v, want %q", err, test.want)
 				}
@@ -211,7 +218,7 @@ func TestSearchGivesUpWithItsContext(t *testing.T) {
 	search := func(ctx context.Context) <-chan error {
 		try, done := l.Search(session.Interruption{Upstream: "a"}), make(chan error, 1)
 		go func() { // ends with ctx
-			_, err := try(ctx, 1)
+			_, err := try(ctx)
 			done <- err
 		}()
 		return done
@@ -258,7 +265,7 @@ func TestSearchTakesItsTurn(t *testing.T) {
 		all.Go(func() {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			defer cancel()
-			found, err := try(ctx, 1)
+			found, err := try(ctx)
 			if err != nil {
 				t.Error(err)
 				return

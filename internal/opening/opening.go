@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -27,17 +28,14 @@ var ErrNoUpstream = errors.New("no upstream available")
 // ErrEnded is the error of an opening whose end was decided elsewhere.
 var ErrEnded = errors.New("connection ended before it was open")
 
-// Target is an upstream to try.
-type Target struct {
-	Place   *registry.Upstream // taken; who asked for the target gives it back
-	Address string
-	Dial    func(ctx context.Context) (net.Conn, error)
-}
-
 // Config is what an opening needs to know.
 type Config struct {
-	// Next chooses the upstream to try, none twice, and returns nil if none is left.
-	Next func() *Target
+	// Next chooses the upstream to try, and returns nil if none is left. It may wait
+	// for one.
+	Next func(ctx context.Context) *pool.Target
+	// Tried is told of every upstream that was dialed, and how long it took to
+	// answer or, with an error, that it gave no answer that is of use.
+	Tried func(t *pool.Target, took time.Duration, err error)
 	// Limits of one attempt.
 	DialTimeout, HandshakeTimeout time.Duration
 	Concurrency                   int // re-dials at once per upstream
@@ -91,7 +89,7 @@ func (o *Opening) Reach(c Config, q *handshake.Request) (*Answer, error) {
 	var last *Answer
 	err := ErrNoUpstream
 	for {
-		t := c.Next()
+		t := c.Next(o.ctx)
 		if t == nil {
 			if last != nil {
 				return last, nil
@@ -102,11 +100,11 @@ func (o *Opening) Reach(c Config, q *handshake.Request) (*Answer, error) {
 			_ = last.conn.Close()
 			last = nil
 		}
-		o.rec.Attempt(t.Place, t.Address, time.Now().Add(c.DialTimeout+c.HandshakeTimeout))
+		o.rec.Attempt(t.Place, t.Addr.Dial(), time.Now().Add(c.DialTimeout+c.HandshakeTimeout))
 		var a *Answer
 		if a, err = c.ask(o.ctx, t, q); err != nil {
 			if l := c.Logger.Check(zap.DebugLevel, "upstream gave no answer"); l != nil {
-				l.Write(zap.String("id", o.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Address), zap.Error(err))
+				l.Write(zap.String("id", o.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Addr.Dial()), zap.Error(err))
 			}
 			if o.ctx.Err() != nil {
 				return nil, context.Cause(o.ctx)
@@ -126,17 +124,34 @@ func tryNext(status int) bool {
 	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
 
-// ask dials an upstream and does the handshake.
-func (c *Config) ask(ctx context.Context, t *Target, q *handshake.Request) (*Answer, error) {
+// errUnusable is what counts as a failure of an upstream whose answer is the way's,
+// not the application's.
+var errUnusable = errors.New("the upstream has no application behind it")
+
+// ask dials an upstream, does the handshake, and tells of it, unless it was given up.
+func (c *Config) ask(ctx context.Context, t *pool.Target, q *handshake.Request) (*Answer, error) {
+	began := time.Now()
+	a, err := c.dial(ctx, t, q)
+	switch {
+	case ctx.Err() != nil:
+	case err == nil && !a.res.Upgraded && tryNext(a.res.HTTP.StatusCode):
+		c.Tried(t, time.Since(began), errUnusable)
+	default:
+		c.Tried(t, time.Since(began), err)
+	}
+	return a, err
+}
+
+func (c *Config) dial(ctx context.Context, t *pool.Target, q *handshake.Request) (*Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.DialTimeout+c.HandshakeTimeout)
 	defer cancel()
 	conn, err := t.Dial(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("dialing %s: %w", t.Address, err)
+		return nil, fmt.Errorf("dialing %s: %w", t.Addr.Dial(), err)
 	}
 	_ = conn.SetDeadline(time.Now().Add(c.HandshakeTimeout))
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })
-	res, err := q.Do(conn)
+	res, err := q.Do(conn, handshake.Upstream{Network: t.Addr.Network(), Address: t.Addr.Dial()})
 	if !stop() && err == nil {
 		err = context.Cause(ctx)
 	}
@@ -145,9 +160,9 @@ func (c *Config) ask(ctx context.Context, t *Target, q *handshake.Request) (*Ans
 	}
 	if err != nil {
 		_ = conn.Close()
-		return nil, fmt.Errorf("handshake with %s: %w", t.Address, err)
+		return nil, fmt.Errorf("handshake with %s: %w", t.Addr.Dial(), err)
 	}
-	return &Answer{request: q, res: res, conn: conn, place: t.Place, stall: c.HandshakeTimeout}, nil
+	return &Answer{request: q, res: res, conn: conn, place: t.Place, extra: t.Header, stall: c.HandshakeTimeout}, nil
 }
 
 // past is a deadline that ends blocked reads and writes at once.

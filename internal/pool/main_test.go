@@ -1,0 +1,11 @@
+// This file looks for goroutines that outlive the tests.
+
+package pool
+
+import (
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -1,12 +1,10 @@
 package holdfast
 
 import (
+	"encoding/json"
 	"fmt"
-	"math"
 	"reflect"
 	"strconv"
-
-	"github.com/dustin/go-humanize"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -14,7 +12,11 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
-	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/health"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/subdirective"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/transport"
 )
 
 func init() {
@@ -29,14 +31,35 @@ func init() {
 //	    name <route>
 //
 //	    # backends
-//	    to <upstreams...>
+//	    to      <upstreams...>
+//	    dynamic <module> [...]
+//	    upstream_max_connections <n>
 //
 //	    # load balancing
-//	    lb_policy least_conn|round_robin
+//	    lb_policy       <name> [<options...>]
+//	    lb_retries      <n>
+//	    lb_try_duration <duration>
+//	    lb_try_interval <duration>
 //
 //	    # connecting
 //	    dial_timeout      <duration>
 //	    handshake_timeout <duration>
+//	    tls | tls_...     as in reverse_proxy's http transport
+//	    proxy_protocol    v1|v2
+//
+//	    # active health checks
+//	    health_interval <duration>
+//	    health_timeout  <duration>
+//	    health_fails    <n>
+//	    health_passes   <n>
+//	    health_ws   [<uri>] { ... }
+//	    health_http [<uri>] { ... }
+//
+//	    # passive health checks
+//	    fail_duration     <duration>
+//	    max_fails         <n>
+//	    unhealthy_latency <duration>
+//	    migrate_on_unhealthy
 //
 //	    # when a backend is lost
 //	    resume_timeout     <duration>|off
@@ -58,80 +81,168 @@ func init() {
 //	    write_timeout      <duration>|off
 //
 //	    # limits
-//	    compression on|safe|off
+//	    max_connections         <n>
+//	    max_connections_per_ip  <n>
+//	    client_max_message_size <size>
+//	    server_max_message_size <size>
+//	    allowed_origins         <patterns...>
+//	    compression             on|safe|off
+//
+//	    # headers
+//	    header_up   ...   as in reverse_proxy
+//	    header_down ...
+//	    default_origin <origin>
 //	}
 //
-// Every subdirective may be there once. Without a name the route is named after
-// the site's first address and the directive's place in the site.
+// Every subdirective may be there once, but for header_up and header_down. Without
+// a name the route is named after the site's first address and the directive's
+// place in the site.
 func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if err := h.addUpstreams(d, d.RemainingArgs()); err != nil {
 		return err
 	}
 	h.Transport, h.KeepAlive, h.Resume, h.Replay = new(Transport), new(KeepAlive), new(Resume), new(Replay)
-	fields := map[string]argument{
-		"name":               stringField{&h.Name},
-		"dial_timeout":       durationField{&h.Transport.DialTimeout, false},
-		"handshake_timeout":  durationField{&h.Transport.HandshakeTimeout, false},
-		"resume_timeout":     durationField{&h.Resume.Timeout, true},
-		"resume_concurrency": countField{&h.Resume.Concurrency},
-		"resume_limit":       countField{&h.Resume.Limit},
-		"replay":             stringField{&h.Replay.Mode},
-		"replay_buffer":      sizeField{&h.Replay.Buffer},
-		"replay_overflow":    stringField{&h.Replay.Overflow},
-		"drain_window":       durationField{&h.DrainWindow, false},
-		"ping_interval":      durationField{&h.KeepAlive.PingInterval, true},
-		"ping_timeout":       durationField{&h.KeepAlive.PingTimeout, false},
-		"idle_timeout":       durationField{&h.KeepAlive.IdleTimeout, true},
-		"first_data_timeout": durationField{&h.KeepAlive.FirstDataTimeout, true},
-		"max_lifetime":       durationField{&h.KeepAlive.MaxLifetime, true},
-		"write_timeout":      durationField{&h.KeepAlive.WriteTimeout, true},
-		"compression":        stringField{&h.Compression},
-	}
-	err := eachSubdirective(d, func(name string) (bool, error) {
-		if f, ok := fields[name]; ok {
-			return true, oneArgument(d, f)
+	h.LoadBalancing, h.Limits, h.Headers = new(LoadBalancing), new(Limits), new(Headers)
+	h.HealthChecks = &HealthChecks{Active: new(health.Active), Passive: new(PassiveHealthChecks)}
+	words := h.words()
+	err := subdirective.Each(d, []string{"header_up", "header_down"}, func(name string) (bool, error) {
+		if word, ok := words[name]; ok {
+			return true, subdirective.One(d, word)
 		}
-		switch name {
-		case "to":
-			args := d.RemainingArgs()
-			if len(args) == 0 {
-				return true, d.Err("to: missing argument")
-			}
-			return true, h.addUpstreams(d, args)
-		case "lb_policy":
-			return true, h.parsePolicy(d)
-		case "resume_interval":
-			return true, h.parseInterval(d)
-		case "resume_on":
-			return true, h.parseCodes(d)
-		}
-		return false, nil
+		return h.parseOther(d, name)
 	})
 	if err != nil {
 		return err
 	}
-	if len(h.Upstreams) == 0 {
+	if len(h.Upstreams) == 0 && len(h.DynamicUpstreamsRaw) == 0 {
 		return d.Err("websocket_proxy needs at least one upstream")
 	}
-	if _, err := deflate.ParseMode(h.Compression); err != nil {
-		return d.Errf("compression: %w", err)
-	}
-	if err := h.live().Check(h.Transport); err != nil {
+	h.dropEmptyGroups()
+	if err := h.check(); err != nil {
 		return d.WrapErr(err)
 	}
-	h.Transport, h.KeepAlive = nilIfZero(h.Transport), nilIfZero(h.KeepAlive)
-	h.Resume, h.Replay = nilIfZero(h.Resume), nilIfZero(h.Replay)
 	return nil
 }
 
-// nilIfZero leaves a group out in which nothing is set.
-func nilIfZero[T comparable](group *T) *T {
-	var zero T
-	if *group == zero {
+// words are the subdirectives of one argument.
+func (h *WebSocketProxy) words() map[string]subdirective.Argument {
+	type (
+		duration = subdirective.Duration
+		number   = subdirective.Number
+		size     = subdirective.Size
+		word     = subdirective.Word
+	)
+	active, passive := h.HealthChecks.Active, h.HealthChecks.Passive
+	return map[string]subdirective.Argument{
+		"name":                     word{To: &h.Name},
+		"upstream_max_connections": number{To: &h.Limits.PerUpstream},
+		"lb_retries":               number{To: &h.LoadBalancing.Retries},
+		"lb_try_duration":          duration{To: &h.LoadBalancing.TryDuration},
+		"lb_try_interval":          duration{To: &h.LoadBalancing.TryInterval},
+		"dial_timeout":             duration{To: &h.Transport.DialTimeout},
+		"handshake_timeout":        duration{To: &h.Transport.HandshakeTimeout},
+		"proxy_protocol":           word{To: &h.Transport.ProxyProtocol},
+		"health_interval":          duration{To: &active.Interval},
+		"health_timeout":           duration{To: &active.Timeout},
+		"health_fails":             number{To: &active.Fails},
+		"health_passes":            number{To: &active.Passes},
+		"fail_duration":            duration{To: &passive.FailDuration},
+		"max_fails":                number{To: &passive.MaxFails},
+		"unhealthy_latency":        duration{To: &passive.UnhealthyLatency},
+		"resume_timeout":           duration{To: &h.Resume.Timeout, Off: true},
+		"resume_concurrency":       number{To: &h.Resume.Concurrency},
+		"resume_limit":             number{To: &h.Resume.Limit},
+		"replay":                   word{To: &h.Replay.Mode},
+		"replay_buffer":            size{To: &h.Replay.Buffer},
+		"replay_overflow":          word{To: &h.Replay.Overflow},
+		"drain_window":             duration{To: &h.DrainWindow},
+		"ping_interval":            duration{To: &h.KeepAlive.PingInterval, Off: true},
+		"ping_timeout":             duration{To: &h.KeepAlive.PingTimeout},
+		"idle_timeout":             duration{To: &h.KeepAlive.IdleTimeout, Off: true},
+		"first_data_timeout":       duration{To: &h.KeepAlive.FirstDataTimeout, Off: true},
+		"max_lifetime":             duration{To: &h.KeepAlive.MaxLifetime, Off: true},
+		"write_timeout":            duration{To: &h.KeepAlive.WriteTimeout, Off: true},
+		"max_connections":          number{To: &h.Limits.MaxConnections},
+		"max_connections_per_ip":   number{To: &h.Limits.MaxConnectionsPerIP},
+		"client_max_message_size":  size{To: &h.Limits.ClientMaxMessageSize},
+		"server_max_message_size":  size{To: &h.Limits.ServerMaxMessageSize},
+		"compression":              word{To: &h.Compression},
+		"default_origin":           word{To: &h.Headers.DefaultOrigin},
+	}
+}
+
+// parseOther takes the subdirectives of no, several or special arguments.
+func (h *WebSocketProxy) parseOther(d *caddyfile.Dispenser, name string) (known bool, err error) {
+	switch name {
+	case "to":
+		args := d.RemainingArgs()
+		if err := subdirective.Count(d, name, args, 1, len(args)); err != nil {
+			return true, err
+		}
+		return true, h.addUpstreams(d, args)
+	case "dynamic":
+		h.DynamicUpstreamsRaw, err = parseDynamic(d)
+	case "lb_policy":
+		h.LoadBalancing.SelectionPolicyRaw, err = selection.ParseCaddyfile(d)
+	case "health_ws":
+		h.HealthChecks.Active.WS = new(health.WSCheck)
+		err = h.HealthChecks.Active.WS.UnmarshalCaddyfile(d)
+	case "health_http":
+		h.HealthChecks.Active.HTTP = new(health.HTTPCheck)
+		err = h.HealthChecks.Active.HTTP.UnmarshalCaddyfile(d)
+	case "migrate_on_unhealthy":
+		err = subdirective.Flag(d, &h.HealthChecks.Migrate)
+	case "resume_interval":
+		err = h.parseInterval(d)
+	case "resume_on":
+		err = h.parseCodes(d)
+	case "allowed_origins":
+		h.Limits.AllowedOrigins = d.RemainingArgs()
+		err = subdirective.Count(d, name, h.Limits.AllowedOrigins, 1, len(h.Limits.AllowedOrigins))
+	case "header_up":
+		err = h.Headers.ParseUp(d)
+	case "header_down":
+		err = h.Headers.ParseDown(d)
+	default:
+		return transport.ParseTLS(d, &h.Transport.TLS)
+	}
+	return true, err
+}
+
+// dropEmptyGroups leaves groups out in which nothing is set.
+func (h *WebSocketProxy) dropEmptyGroups() {
+	c := h.HealthChecks
+	c.Active, c.Passive = nilIfZero(c.Active), nilIfZero(c.Passive)
+	h.HealthChecks = nilIfZero(c)
+	h.LoadBalancing, h.Transport, h.KeepAlive = nilIfZero(h.LoadBalancing), nilIfZero(h.Transport), nilIfZero(h.KeepAlive)
+	h.Resume, h.Replay, h.Limits = nilIfZero(h.Resume), nilIfZero(h.Replay), nilIfZero(h.Limits)
+	h.Headers = nilIfZero(h.Headers)
+}
+
+// nilIfZero returns nil for a group in which nothing is set.
+func nilIfZero[T any](group *T) *T {
+	if reflect.ValueOf(group).Elem().IsZero() {
 		return nil
 	}
 	return group
+}
+
+// parseDynamic takes a module that finds upstreams.
+func parseDynamic(d *caddyfile.Dispenser) (json.RawMessage, error) {
+	if !d.NextArg() {
+		return nil, d.Err("dynamic: missing argument")
+	}
+	name := d.Val()
+	const namespace = "http.reverse_proxy.upstreams."
+	if _, err := caddy.GetModule(namespace + name); err != nil {
+		return nil, d.Errf("dynamic: unknown module %q", name)
+	}
+	source, err := caddyfile.UnmarshalModule(d, namespace+name)
+	if err != nil {
+		return nil, fmt.Errorf("dynamic: %w", err)
+	}
+	return caddyconfig.JSONModuleObject(source, "source", name, nil), nil
 }
 
 // parseInterval takes the shortest and, if it is given, the longest pause.
@@ -139,12 +250,12 @@ func (h *WebSocketProxy) parseInterval(d *caddyfile.Dispenser) error {
 	name, args := d.Val(), d.RemainingArgs()
 	for i, to := range []**caddy.Duration{&h.Resume.MinInterval, &h.Resume.MaxInterval} {
 		if i < len(args) {
-			if err := (durationField{to, false}).parse(args[i]); err != nil {
+			if err := (subdirective.Duration{To: to}).Parse(args[i]); err != nil {
 				return d.Errf("%s: %w", name, err)
 			}
 		}
 	}
-	return argumentCount(d, name, args, 1, 2)
+	return subdirective.Count(d, name, args, 1, 2)
 }
 
 // parseCodes takes close codes.
@@ -159,29 +270,15 @@ func (h *WebSocketProxy) parseCodes(d *caddyfile.Dispenser) error {
 		codes = append(codes, uint16(code))
 	}
 	h.Resume.CloseCodes = &codes
-	return argumentCount(d, name, args, 1, len(args))
+	return subdirective.Count(d, name, args, 1, len(args))
 }
 
 func (h *WebSocketProxy) addUpstreams(d *caddyfile.Dispenser, addrs []string) error {
 	for _, addr := range addrs {
-		if _, err := parseUpstream(addr); err != nil {
+		if _, err := pool.ParseAddress(addr); err != nil {
 			return d.WrapErr(err)
 		}
 		h.Upstreams = append(h.Upstreams, &Upstream{Dial: addr})
-	}
-	return nil
-}
-
-func (h *WebSocketProxy) parsePolicy(d *caddyfile.Dispenser) error {
-	var name string
-	if err := oneArgument(d, stringField{&name}); err != nil {
-		return err
-	}
-	if name != "least_conn" && name != "round_robin" {
-		return d.WrapErr(errPolicy(name))
-	}
-	h.LoadBalancing = &LoadBalancing{
-		SelectionPolicyRaw: caddyconfig.JSON(map[string]string{"policy": name}, nil),
 	}
 	return nil
 }
@@ -221,26 +318,31 @@ func siteAddress(helper httpcaddyfile.Helper) string {
 // UnmarshalCaddyfile sets the app up from Caddyfile tokens. Syntax:
 //
 //	connection_registry {
-//	    orphan_timeout   <duration>
-//	    shutdown_timeout <duration>
-//	    replay_memory    <size>
+//	    max_connections        <n>
+//	    max_connections_per_ip <n> [<ipv6_prefix>]
+//	    replay_memory          <size>
+//	    orphan_timeout         <duration>
+//	    shutdown_timeout       <duration>
 //	}
 func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the option's name
 	if d.NextArg() {
 		return d.Errf("connection_registry: surplus argument %q", d.Val())
 	}
-	fields := map[string]argument{
-		"orphan_timeout":   durationField{&a.OrphanTimeout, false},
-		"shutdown_timeout": durationField{&a.ShutdownTimeout, false},
-		"replay_memory":    sizeField{&a.ReplayMemory},
+	words := map[string]subdirective.Argument{
+		"max_connections":  subdirective.Number{To: &a.MaxConnections},
+		"orphan_timeout":   subdirective.Duration{To: &a.OrphanTimeout},
+		"shutdown_timeout": subdirective.Duration{To: &a.ShutdownTimeout},
+		"replay_memory":    subdirective.Size{To: &a.ReplayMemory},
 	}
-	err := eachSubdirective(d, func(name string) (bool, error) {
-		f, ok := fields[name]
-		if !ok {
-			return false, nil
+	err := subdirective.Each(d, nil, func(name string) (bool, error) {
+		if word, ok := words[name]; ok {
+			return true, subdirective.One(d, word)
 		}
-		return true, oneArgument(d, f)
+		if name == "max_connections_per_ip" {
+			return true, a.parsePerIP(d)
+		}
+		return false, nil
 	})
 	if err == nil {
 		if err = a.Validate(); err != nil {
@@ -248,6 +350,20 @@ func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	return err
+}
+
+// parsePerIP takes the limit and, if it is given, the length of the prefix that
+// counts as one IPv6 client.
+func (a *ConnectionRegistry) parsePerIP(d *caddyfile.Dispenser) error {
+	name, args := d.Val(), d.RemainingArgs()
+	for i, to := range []**int{&a.MaxConnectionsPerIP, &a.IPv6Prefix} {
+		if i < len(args) {
+			if err := (subdirective.Number{To: to}).Parse(args[i]); err != nil {
+				return d.Errf("%s: %w", name, err)
+			}
+		}
+	}
+	return subdirective.Count(d, name, args, 1, 2)
 }
 
 // parseRegistryOption is the global option.
@@ -260,116 +376,6 @@ func parseRegistryOption(d *caddyfile.Dispenser, existing any) (any, error) {
 		return nil, err
 	}
 	return httpcaddyfile.App{Name: "connection_registry", Value: caddyconfig.JSON(a, nil)}, nil
-}
-
-// eachSubdirective calls parse for every subdirective of a block. parse takes
-// all arguments, and returns false for a name that it does not know. None may be
-// there twice or have a block of its own.
-func eachSubdirective(d *caddyfile.Dispenser, parse func(name string) (known bool, err error)) error {
-	seen := make(map[string]bool)
-	last := ""
-	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		name := d.Val()
-		if name == "{" {
-			return d.Errf("%s: surplus block", last)
-		}
-		last = name
-		if seen[name] {
-			return d.Errf("%s: repeated", name)
-		}
-		seen[name] = true
-		known, err := parse(name)
-		if err != nil {
-			return err
-		}
-		if !known {
-			return d.Errf("unrecognized subdirective %q", name)
-		}
-	}
-	return nil
-}
-
-// argument is a setting that is one argument.
-type argument interface{ parse(arg string) error }
-
-// durationField is a setting that is a duration, and whether `off` turns it off.
-type durationField struct {
-	to  **caddy.Duration
-	off bool
-}
-
-func (f durationField) parse(arg string) error {
-	if arg == "off" && f.off {
-		*f.to = new(caddy.Duration)
-		return nil
-	}
-	parsed, err := caddy.ParseDuration(arg)
-	if err != nil {
-		return fmt.Errorf("invalid duration %q", arg)
-	}
-	value := caddy.Duration(parsed)
-	*f.to = &value
-	return nil
-}
-
-// sizeField is a setting that is a size, like `5MiB`.
-type sizeField struct{ to **int64 }
-
-func (f sizeField) parse(arg string) error {
-	parsed, err := humanize.ParseBytes(arg)
-	if err != nil || parsed > math.MaxInt64 {
-		return fmt.Errorf("invalid size %q", arg)
-	}
-	value := int64(parsed)
-	*f.to = &value
-	return nil
-}
-
-// countField is a setting that is a number.
-type countField struct{ to **int }
-
-func (f countField) parse(arg string) error {
-	parsed, err := strconv.Atoi(arg)
-	if err != nil {
-		return fmt.Errorf("invalid number %q", arg)
-	}
-	*f.to = &parsed
-	return nil
-}
-
-// stringField is a setting that is a word.
-type stringField struct{ to *string }
-
-func (f stringField) parse(arg string) error {
-	if arg == "" { // which would mean unset
-		return fmt.Errorf("invalid value %q", arg)
-	}
-	*f.to = arg
-	return nil
-}
-
-// oneArgument takes the one argument of a subdirective.
-func oneArgument(d *caddyfile.Dispenser, to argument) error {
-	name, args := d.Val(), d.RemainingArgs()
-	if err := argumentCount(d, name, args, 1, 1); err != nil {
-		return err
-	}
-	if err := to.parse(args[0]); err != nil {
-		return d.Errf("%s: %w", name, err)
-	}
-	return nil
-}
-
-// argumentCount refuses arguments that are missing, or too many.
-func argumentCount(d *caddyfile.Dispenser, name string, args []string, least, most int) error {
-	switch {
-	case len(args) < least:
-		return d.Errf("%s: missing argument", name)
-	case len(args) > most:
-		return d.Errf("%s: surplus argument %q", name, args[most])
-	default:
-		return nil
-	}
 }
 
 // Interface guards

@@ -1,33 +1,40 @@
-// The Caddyfile syntax, good and bad, by fixtures.
+// The Caddyfile syntax, good and bad.
 package holdfast_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
+	"fmt"
+	"math"
+	"math/big"
 	"os"
 	"path/filepath"
-	"reflect"
-	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
-
-	holdfast "github.com/holdfast-proxy/caddy-holdfast"
 )
 
 var update = flag.Bool("update", false, "rewrite the JSON of the good fixtures")
 
+// line is what stands between the Caddyfile and the JSON of a good fixture.
+const line = "\n----------\n"
+
 // A good fixture is a Caddyfile, a line of dashes, and the JSON it adapts to,
 // which must also provision.
 func TestAdaptGood(t *testing.T) {
-	for _, file := range fixtures(t, "good") {
+	for _, file := range fixtures(t, "good/*") {
 		t.Run(filepath.Base(file), func(t *testing.T) {
-			const line = "\n----------\n"
 			input, want, _ := strings.Cut(read(t, file), line)
 			input = strings.TrimRight(input, "\n")
 			got, err := adapt(input)
@@ -43,6 +50,7 @@ func TestAdaptGood(t *testing.T) {
 			if got != want {
 				t.Errorf("got\n%s\nwant\n%s", got, want)
 			}
+			t.Chdir(certificates(t))
 			if err := provision(t, got); err != nil {
 				t.Errorf("provisioning: %v", err)
 			}
@@ -50,138 +58,151 @@ func TestAdaptGood(t *testing.T) {
 	}
 }
 
-// A bad fixture begins with a comment that has a part of the error, which comes
-// when the Caddyfile is adapted, or at the latest when it is provisioned.
+// blocks are what a bad fixture's cases stand in, by its folder.
+var blocks = map[string]string{
+	"bad":                 "%s",
+	"websocket_proxy":     "example.com {\nwebsocket_proxy app:8080 {\n%s\n}\n}\n",
+	"connection_registry": "{\nconnection_registry {\n%s\n}\n}\nexample.com {\nrespond ok\n}\n",
+}
+
+// A bad fixture is cases, each begun by a comment that has a part of the error,
+// which comes when the Caddyfile is adapted, or at the latest when it is
+// provisioned.
 func TestAdaptBad(t *testing.T) {
-	for _, file := range fixtures(t, "bad") {
-		t.Run(filepath.Base(file), func(t *testing.T) {
-			input := read(t, file)
-			first, _, _ := strings.Cut(input, "\n")
-			want, ok := strings.CutPrefix(first, "# error: ")
-			if !ok {
-				t.Fatal("the fixture does not say its error")
-			}
-			config, err := adapt(input)
-			if err == nil {
-				err = provision(t, config)
-			}
-			if err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("error: got %v, want one with %q", err, want)
-			}
-		})
-	}
-}
-
-// A config that only says what is the default adapts and provisions like one
-// that says nothing, and JSON takes durations as strings.
-func TestJSONWithoutCaddyfile(t *testing.T) {
-	err := provision(t, `{"apps":{"http":{"servers":{"s":{"listen":["127.0.0.1:0"],"routes":[{"handle":[{
-		"handler":"websocket_proxy","upstreams":[{"dial":"app:8080"}],
-		"transport":{"dial_timeout":"3s","handshake_timeout":"10s"},
-		"keep_alive":{"ping_interval":"30s","idle_timeout":0},
-		"resume":{"timeout":"30s","min_interval":"100ms","max_interval":"5s","concurrency":64,"close_codes":[1001,1012,1013],"limit":3},
-		"replay":{"mode":"unacked","buffer":5242880,"overflow":"pause"},"drain_window":"10s",
-		"compression":"on"}]}]}}},"connection_registry":{"replay_memory":1073741824}}}`)
-	if err != nil {
-		t.Error(err)
-	}
-}
-
-// What JSON can say is refused like what a Caddyfile can.
-func TestJSONErrors(t *testing.T) {
-	for name, c := range map[string]struct{ fields, want string }{
-		"no upstream":     {``, "no upstreams"},
-		"empty address":   {`"upstreams":[{}]`, `upstream "": empty address`},
-		"unknown field":   {`"upstream":[]`, "upstream"},
-		"unknown policy":  {app + `"load_balancing":{"selection_policy":{"policy":"first"}}`, `unknown lb_policy "first"`},
-		"bad compression": {app + `"compression":"brotli"`, `unknown compression mode "brotli"`},
-
-		"zero dial":             {app + `"transport":{"dial_timeout":0}`, "dial_timeout must be positive: 0s"},
-		"negative timeout":      {app + `"resume":{"timeout":"-1s"}`, "resume_timeout must not be negative: -1s"},
-		"zero min_interval":     {app + `"resume":{"min_interval":0}`, "resume_interval must be positive: 0s"},
-		"max below default min": {app + `"resume":{"max_interval":"1ms"}`, "resume_interval: the longest, 1ms, must not be shorter than the shortest, 100ms"},
-		"zero concurrency":      {app + `"resume":{"concurrency":0}`, "resume_concurrency must be at least 1: 0"},
-		"negative limit":        {app + `"resume":{"limit":-1}`, "resume_limit must be at least 0: -1"},
-		"no close code":         {app + `"resume":{"close_codes":[1001,1006]}`, "resume_on: 1006 is no close code"},
-		"close code too large":  {app + `"resume":{"close_codes":[65536]}`, "65536 into Go struct field Resume.resume.close_codes"},
-		"negative close code":   {app + `"resume":{"close_codes":[-1]}`, "-1 into Go struct field Resume.resume.close_codes"},
-		"unknown in resume":     {app + `"resume":{"max":1}`, `unknown field "max"`},
-		"unknown mode":          {app + `"replay":{"mode":"all"}`, `unknown replay "all": want unacked, unsent, strict or off`},
-		"zero buffer":           {app + `"replay":{"buffer":0}`, "replay_buffer must be positive: 0"},
-		"negative buffer":       {app + `"replay":{"buffer":-5}`, "replay_buffer must be positive: -5"},
-		"buffer with a unit":    {app + `"replay":{"buffer":"5MiB"}`, "string into Go struct field Replay.replay.buffer"},
-		"buffer too large":      {app + `"replay":{"buffer":9223372036854775808}`, "into Go struct field Replay.replay.buffer"},
-		"unknown overflow":      {app + `"replay":{"overflow":"drop"}`, `unknown replay_overflow "drop": want pause or close`},
-		"negative window":       {app + `"drain_window":"-1s"`, "drain_window must not be negative: -1s"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			fields := strings.TrimRight(`"handler":"websocket_proxy",`+c.fields, ",")
-			err := provision(t, `{"apps":{"http":{"servers":{"s":{"listen":["127.0.0.1:0"],"routes":[{"handle":[{`+fields+`}]}]}}}}}`)
-			if err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("error: got %v, want one with %q", err, c.want)
-			}
-		})
-	}
-}
-
-// app is a handler's upstream, before more of its fields.
-const app = `"upstreams":[{"dial":"app:8080"}],`
-
-func TestRegistryJSONErrors(t *testing.T) {
-	for registry, want := range map[string]string{
-		`{"orphan_timeout":-1}`:       "orphan_timeout must not be negative: -1ns",
-		`{"shutdown_timeout":"-1s"}`:  "shutdown_timeout must not be negative: -1s",
-		`{"replay_memory":0}`:         "replay_memory must be positive: 0",
-		`{"replay_memory":-5}`:        "replay_memory must be positive: -5",
-		`{"replay_memory":"1GiB"}`:    "string into Go struct field ConnectionRegistry.replay_memory",
-		`{"replay_memory":1e30}`:      "1e30 into Go struct field ConnectionRegistry.replay_memory",
-		`{"replay_memory_limit":100}`: `unknown field "replay_memory_limit"`,
-	} {
-		t.Run(registry, func(t *testing.T) {
-			err := provision(t, `{"apps":{"connection_registry":`+registry+`}}`)
-			if err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("error: got %v, want one with %q", err, want)
-			}
-		})
-	}
-}
-
-// docs/json.md has a row for every field, and the fixture with everything has it.
-func TestEveryFieldIsDocumentedAndAdapted(t *testing.T) {
-	docs := read(t, "docs/json.md")
-	_, everything, _ := strings.Cut(read(t, "testdata/adapt/good/everything.caddyfiletest"), "\n----------\n")
-	for _, path := range slices.Concat(
-		fields(reflect.TypeFor[holdfast.WebSocketProxy](), ""),
-		fields(reflect.TypeFor[holdfast.ConnectionRegistry](), ""),
-	) {
-		if !strings.Contains(docs, "\n| `"+path+"` |") && !strings.Contains(docs, "\n| `"+path+".") {
-			t.Errorf("docs/json.md has no row for %s", path)
+	for _, file := range append(fixtures(t, "bad/*"), fixtures(t, "bad/*/*")...) {
+		block := blocks[filepath.Base(filepath.Dir(file))]
+		cases := strings.Split("\n"+read(t, file), "\n# error: ")
+		if block == "" || cases[0] != "" || len(cases) == 1 {
+			t.Fatalf("%s does not begin with its error", file)
 		}
-		if name := path[strings.LastIndex(path, ".")+1:]; !strings.Contains(everything, `"`+name+`":`) {
-			t.Errorf("the fixture with everything has no %s", path)
+		for _, c := range cases[1:] {
+			want, text, _ := strings.Cut(c, "\n")
+			t.Run(filepath.Base(file)+"/"+want, func(t *testing.T) {
+				wantError(t, load(t, fmt.Sprintf(block, text)), want)
+			})
 		}
 	}
 }
 
-// fields returns the paths of the JSON fields of a struct, like `upstreams[].dial`.
-func fields(t reflect.Type, prefix string) []string {
-	var paths []string
-	for f := range t.Fields() {
-		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
-		if name == "" {
-			continue
-		}
-		path, of := prefix+name, f.Type
-		if of.Kind() == reflect.Slice && of.Elem().Kind() == reflect.Pointer {
-			path, of = path+"[]", of.Elem()
-		}
-		if of.Kind() == reflect.Pointer && of.Elem().Kind() == reflect.Struct {
-			paths = append(paths, fields(of.Elem(), path+".")...)
-		} else {
-			paths = append(paths, path)
+// any number of arguments.
+const many = math.MaxInt
+
+// syntax is which arguments a subdirective takes.
+type syntax struct {
+	valid       string // as many as it may have, or an example
+	least, most int
+	block       bool // it may have one
+	repeatable  bool
+}
+
+var one = func(valid string) syntax { return syntax{valid: valid, least: 1, most: 1} }
+
+// subdirectives are all that there are, by the directive.
+var subdirectives = map[string]map[string]syntax{
+	"connection_registry": {
+		"max_connections":        one("5"),
+		"max_connections_per_ip": {valid: "5 64", least: 1, most: 2},
+		"replay_memory":          one("1GiB"),
+		"orphan_timeout":         one("1s"),
+		"shutdown_timeout":       one("1s"),
+	},
+	"websocket_proxy": {
+		"name":                     one("chat"),
+		"to":                       {valid: "other:8080", least: 1, most: many},
+		"dynamic":                  {valid: "a app 80", least: 1, most: many, block: true},
+		"upstream_max_connections": one("5"),
+
+		"lb_policy":       {valid: "first", least: 1, most: many, block: true},
+		"lb_retries":      one("5"),
+		"lb_try_duration": one("5s"),
+		"lb_try_interval": one("1s"),
+
+		"dial_timeout":      one("1s"),
+		"handshake_timeout": one("1s"),
+		"proxy_protocol":    one("v2"),
+
+		"tls":                      {},
+		"tls_client_auth":          {valid: "a b", least: 1, most: 2},
+		"tls_curves":               {valid: "x25519", least: 1, most: many},
+		"tls_except_ports":         {valid: "80", least: 1, most: many},
+		"tls_insecure_skip_verify": {},
+		"tls_renegotiation":        one("never"),
+		"tls_server_name":          one("app"),
+		"tls_timeout":              one("1s"),
+		"tls_trust_pool":           {valid: "file a", least: 1, most: many, block: true},
+		"tls_trusted_ca_certs":     {valid: "a", least: 1, most: many},
+
+		"health_interval": one("1s"),
+		"health_timeout":  one("1s"),
+		"health_fails":    one("5"),
+		"health_passes":   one("5"),
+		"health_ws":       {valid: "/", most: 1, block: true},
+		"health_http":     {valid: "/", most: 1, block: true},
+
+		"fail_duration":        one("1s"),
+		"max_fails":            one("5"),
+		"unhealthy_latency":    one("1s"),
+		"migrate_on_unhealthy": {},
+
+		"resume_timeout":     one("1s"),
+		"resume_interval":    {valid: "1s 2s", least: 1, most: 2},
+		"resume_concurrency": one("5"),
+		"resume_on":          {valid: "1001", least: 1, most: many},
+		"resume_limit":       one("5"),
+		"replay":             one("off"),
+		"replay_buffer":      one("1MiB"),
+		"replay_overflow":    one("close"),
+		"drain_window":       one("1s"),
+
+		"ping_interval":      one("1s"),
+		"ping_timeout":       one("1s"),
+		"idle_timeout":       one("1s"),
+		"first_data_timeout": one("1s"),
+		"max_lifetime":       one("1s"),
+		"write_timeout":      one("1s"),
+
+		"max_connections":         one("5"),
+		"max_connections_per_ip":  one("5"),
+		"client_max_message_size": one("1MiB"),
+		"server_max_message_size": one("1MiB"),
+		"allowed_origins":         {valid: "example.com", least: 1, most: many},
+		"compression":             one("off"),
+
+		"header_up":      {valid: "A b c", least: 1, most: 3, repeatable: true},
+		"header_down":    {valid: "A b c", least: 1, most: 3, repeatable: true},
+		"default_origin": one("https://example.com"),
+	},
+}
+
+// What is missing, empty, too much or there twice is refused for every
+// subdirective.
+func TestArguments(t *testing.T) {
+	for directive, all := range subdirectives {
+		for name, s := range all {
+			t.Run(directive+"/"+name, func(t *testing.T) {
+				valid := strings.TrimRight(name+" "+s.valid, " ")
+				refused := func(text string, wants ...string) {
+					t.Helper()
+					wantError(t, load(t, fmt.Sprintf(blocks[directive], text)), wants...)
+				}
+				if s.least > 0 {
+					refused(name, name+": missing argument")
+				}
+				if s.most > 0 {
+					refused(name+` ""`, name, `""`)
+				}
+				if s.most < many {
+					refused(valid+" surplus", name+": ", `: surplus argument "surplus"`)
+				}
+				if !s.block {
+					refused(valid+" {\nsurplus\n}", name+": surplus block")
+				}
+				if !s.repeatable {
+					refused(valid+"\n"+valid, name+": repeated")
+				}
+			})
 		}
 	}
-	return paths
 }
 
 // adapt returns the indented JSON of a Caddyfile.
@@ -215,11 +236,58 @@ func provision(t *testing.T, config string) error {
 	return caddy.Validate(cfg)
 }
 
-func fixtures(t *testing.T, kind string) []string {
+// load adapts and provisions a Caddyfile.
+func load(t *testing.T, input string) error {
 	t.Helper()
-	files, err := filepath.Glob("testdata/adapt/" + kind + "/*.caddyfiletest")
+	config, err := adapt(input)
+	if err != nil {
+		return err
+	}
+	return provision(t, config)
+}
+
+func wantError(t *testing.T, err error, wants ...string) {
+	t.Helper()
+	for _, want := range wants {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error: got %v, want one with %q", err, want)
+		}
+	}
+}
+
+// certificates returns a folder with the files that fixtures name: client.crt,
+// which is its own authority, and client.key.
+func certificates(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, block := range map[string]*pem.Block{
+		"client.crt": {Type: "CERTIFICATE", Bytes: cert}, "client.key": {Type: "PRIVATE KEY", Bytes: private},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func fixtures(t *testing.T, pattern string) []string {
+	t.Helper()
+	files, err := filepath.Glob("testdata/adapt/" + pattern + ".caddyfiletest")
 	if err != nil || len(files) == 0 {
-		t.Fatalf("no fixtures: %v", err)
+		t.Fatalf("no fixtures %s: %v", pattern, err)
 	}
 	return files
 }

@@ -6,15 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/opening"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
@@ -34,11 +37,20 @@ type WebSocketProxy struct {
 	// Default: the server's name and an ordinal, like `srv0#1`.
 	Name string `json:"name,omitempty"`
 
-	// The backends. At least one.
+	// The backends. At least one, unless there is a dynamic source; with one, they
+	// are for when it has no answer.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
+
+	// A module that knows the backends, and is asked for every connection and about
+	// once a second besides: those that it does not name any more are left. The
+	// second holds for sources whose answer does not depend on the request.
+	DynamicUpstreamsRaw json.RawMessage `json:"dynamic_upstreams,omitempty" caddy:"namespace=http.reverse_proxy.upstreams inline_key=source"`
 
 	// How an upstream is chosen.
 	LoadBalancing *LoadBalancing `json:"load_balancing,omitempty"`
+
+	// Which upstreams are fit for connections.
+	HealthChecks *HealthChecks `json:"health_checks,omitempty"`
 
 	// How an upstream is connected to.
 	Transport *Transport `json:"transport,omitempty"`
@@ -51,6 +63,12 @@ type WebSocketProxy struct {
 
 	// What the next backend gets of what the client sent.
 	Replay *Replay `json:"replay,omitempty"`
+
+	// How many connections there may be, of what size their messages, from where.
+	Limits *Limits `json:"limits,omitempty"`
+
+	// Changes to headers.
+	Headers *Headers `json:"headers,omitempty"`
 
 	// Over how long connections that leave a backend are spread. Zero moves all at
 	// once.
@@ -68,6 +86,7 @@ type WebSocketProxy struct {
 	config     *routeConfig
 	generation *generation
 	mode       deflate.Mode
+	origins    handshake.Origins
 }
 
 // The groups of settings.
@@ -76,6 +95,8 @@ type (
 	KeepAlive = settings.KeepAlive
 	Resume    = settings.Resume
 	Replay    = settings.Replay
+	Limits    = settings.Limits
+	Headers   = handshake.Headers
 )
 
 // CaddyModule returns the module's information.
@@ -93,27 +114,46 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := h.live().Check(h.Transport); err != nil {
+	if err := h.check(); err != nil {
+		return err
+	}
+	t, r, l := settings.ValueOr(h.Transport, Transport{}), settings.ValueOr(h.Resume, Resume{}), settings.ValueOr(h.Limits, Limits{})
+	c := &routeConfig{
+		json:             string(config),
+		limits:           registry.Limits{Connections: l.MaxConnections, PerIP: l.MaxConnectionsPerIP},
+		dialTimeout:      settings.DurationOr(t.DialTimeout, settings.DialTimeout),
+		handshakeTimeout: settings.DurationOr(t.HandshakeTimeout, settings.HandshakeTimeout),
+		concurrency:      settings.ValueOr(r.Concurrency, settings.ResumeConcurrency),
+		logger:           h.logger,
+	}
+	if c.settings, err = h.live().Session(); err != nil {
 		return err
 	}
 	if h.mode, err = deflate.ParseMode(h.Compression); err != nil {
 		return err
 	}
-	t, r := settings.ValueOr(h.Transport, Transport{}), settings.ValueOr(h.Resume, Resume{})
-	h.config = &routeConfig{
-		json:             string(config),
-		handshakeTimeout: settings.DurationOr(t.HandshakeTimeout, settings.HandshakeTimeout),
-		concurrency:      settings.ValueOr(r.Concurrency, settings.ResumeConcurrency),
-		logger:           h.logger,
-	}
-	if h.config.settings, err = h.live().Session(); err != nil {
+	if h.origins, err = handshake.ParseOrigins(l.AllowedOrigins); err != nil {
 		return err
 	}
-	dialTimeout := settings.DurationOr(t.DialTimeout, settings.DialTimeout)
-	h.config.pool, err = newPool(ctx, h.Upstreams, h.LoadBalancing, dialTimeout)
-	if err != nil {
+	if err := h.Headers.Provision(ctx); err != nil {
 		return err
 	}
+	upstreams := h.pool()
+	if len(h.DynamicUpstreamsRaw) > 0 {
+		source, err := ctx.LoadModule(h, "DynamicUpstreamsRaw")
+		if err != nil {
+			return fmt.Errorf("loading dynamic upstreams: %w", err)
+		}
+		upstreams.source = source.(reverseproxy.UpstreamSource)
+	}
+	if c.pool, err = upstreams.provision(ctx, c.left); err != nil {
+		return err
+	}
+	return h.declare(ctx, c)
+}
+
+// declare makes the config that of the route.
+func (h *WebSocketProxy) declare(ctx caddy.Context, c *routeConfig) error {
 	app, err := ctx.App("connection_registry")
 	if err != nil {
 		return err
@@ -124,7 +164,36 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 	if h.name = h.Name; h.name == "" {
 		h.name = by
 	}
-	return h.generation.declare(h.name, by, h.config)
+	h.config, err = h.generation.declare(h.name, by, c)
+	return err
+}
+
+// check refuses settings that mean nothing; the error names the subdirective.
+func (h *WebSocketProxy) check() error {
+	if strings.Contains(h.Name, "{") {
+		return fmt.Errorf("name: placeholders mean nothing here: %q", h.Name)
+	}
+	if _, err := deflate.ParseMode(h.Compression); err != nil {
+		return fmt.Errorf("compression: %w", err)
+	}
+	if _, err := handshake.ParseOrigins(settings.ValueOr(h.Limits, Limits{}).AllowedOrigins); err != nil {
+		return err
+	}
+	if err := h.Headers.Check(); err != nil {
+		return err
+	}
+	if err := h.live().Check(h.Transport); err != nil {
+		return err
+	}
+	return h.pool().check()
+}
+
+// pool is what the handler says about its upstreams.
+func (h *WebSocketProxy) pool() *poolSettings {
+	return &poolSettings{
+		upstreams: h.Upstreams, dynamic: h.DynamicUpstreamsRaw, balancing: h.LoadBalancing, checks: h.HealthChecks,
+		transport: h.Transport, maxConnections: settings.ValueOr(h.Limits, Limits{}).PerUpstream,
+	}
 }
 
 // nextHandler names a handler by its server and its place there.
@@ -143,17 +212,22 @@ func (h *WebSocketProxy) ServeHTTP(w http.ResponseWriter, r *http.Request, next 
 	if !handshake.IsUpgrade(r) {
 		return next.ServeHTTP(w, r)
 	}
-	if no := handshake.Check(r); no != nil {
-		handshake.CopyHeader(w.Header(), no.Header)
-		return caddyhttp.Error(no.Status, no.Err)
-	}
 	route := live.route(h.generation, h.name)
 	if route == nil {
 		return h.unavailable(w, registry.ErrRouteGone)
 	}
+	if no := handshake.Check(r, h.origins); no != nil {
+		if no.Status == http.StatusForbidden {
+			route.Refused("origin")
+		} else {
+			route.Refused("handshake")
+		}
+		handshake.CopyHeader(w.Header(), no.Header)
+		return caddyhttp.Error(no.Status, no.Err)
+	}
 	o := opening.New(r.Context())
 	if err := o.Admit(live.registry, route, clientInfo(r)); err != nil {
-		return h.unavailable(w, err)
+		return h.refused(w, err)
 	}
 	var s *session.Session
 	defer func() {
@@ -173,25 +247,26 @@ func (h *WebSocketProxy) ServeHTTP(w http.ResponseWriter, r *http.Request, next 
 // open makes a session for the client, or returns nil when it was answered
 // otherwise.
 func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.ResponseWriter, r *http.Request) (*session.Session, error) {
+	client := clientOf(r)
 	trusted, _ := caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
-	q, err := handshake.NewRequest(r, o.ID(), trusted, deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], h.mode))
+	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+	q, err := handshake.NewRequest(r, handshake.Client{ID: o.ID(), IP: ip, Trusted: trusted},
+		deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], h.mode), h.Headers)
 	if err != nil {
 		return nil, caddyhttp.Error(http.StatusBadRequest, err)
 	}
-	answer, err := o.Reach(opening.Config{
-		Next:             h.config.pool.each(route, r, w, h.config.pool.upstreams),
-		DialTimeout:      h.config.pool.dialTimeout,
-		HandshakeTimeout: h.config.handshakeTimeout,
-		Logger:           h.logger,
-	}, q)
+	answer, err := o.Reach(h.config.opening(route, client, pool.Opening, ""), q)
 	if err != nil {
+		if errors.Is(err, opening.ErrNoUpstream) {
+			route.Refused("no_upstream")
+		}
 		return nil, h.failed(o, w, err)
 	}
 	if !answer.Upgraded() {
-		answer.Relay(o, w)
+		answer.Relay(o, w, h.Headers.Down(r))
 		return nil, nil
 	}
-	s, err := answer.Upgrade(o, w, r, liveRoute{route})
+	s, err := answer.Upgrade(o, w, r, h.Headers.Down(r), liveRoute{route}, h.config.pool.Expand(client.Replace))
 	if err != nil {
 		return nil, h.failed(o, w, err)
 	}
@@ -200,10 +275,20 @@ func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.
 
 // failed answers a client for which no session could be made.
 func (h *WebSocketProxy) failed(o *opening.Opening, w http.ResponseWriter, err error) error {
-	if errors.Is(err, opening.ErrEnded) {
+	if errors.Is(err, opening.ErrEnded) || errors.Is(err, opening.ErrNoUpstream) {
 		return h.unavailable(w, err)
 	}
 	return caddyhttp.Error(o.Status(err), err)
+}
+
+// refused refuses a client for which there is no room.
+func (h *WebSocketProxy) refused(w http.ResponseWriter, err error) error {
+	var limit *registry.LimitError
+	if errors.As(err, &limit) && limit.Reason == registry.LimitPerIP {
+		w.Header().Set("Retry-After", retryAfter)
+		return caddyhttp.Error(http.StatusTooManyRequests, err)
+	}
+	return h.unavailable(w, err)
 }
 
 // unavailable refuses a client that may try again later.
@@ -214,7 +299,7 @@ func (h *WebSocketProxy) unavailable(w http.ResponseWriter, err error) error {
 
 // live are the settings that matter to live connections.
 func (h *WebSocketProxy) live() settings.Live {
-	return settings.Live{KeepAlive: h.KeepAlive, Resume: h.Resume, Replay: h.Replay, DrainWindow: h.DrainWindow}
+	return settings.Live{KeepAlive: h.KeepAlive, Resume: h.Resume, Replay: h.Replay, Limits: h.Limits, DrainWindow: h.DrainWindow}
 }
 
 // clientInfo is what the registry shows of a request.

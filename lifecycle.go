@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"slices"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,16 +12,20 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/health"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/opening"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
 
 // live is what outlives every config of the process: the connections, their
 // routes, and which configs are in force.
-var live = &lifecycle{registry: registry.New()}
+var live = &lifecycle{registry: registry.New(), checkers: health.NewCheckers()}
 
 // lifecycle decides what a config's coming and going means for connections.
 // During a reload two configs serve at once, and the newer one may yet fail;
@@ -29,6 +33,7 @@ var live = &lifecycle{registry: registry.New()}
 // connections whose route is gone, happens when one stops.
 type lifecycle struct {
 	registry *registry.Registry
+	checkers *health.Checkers // active health checks, shared by configs that have the same
 	ending   sync.Once
 
 	mu      sync.Mutex    // guards what follows, and the generations' fields
@@ -41,6 +46,8 @@ type generation struct {
 	orphanTimeout   time.Duration
 	shutdownTimeout time.Duration
 	replayMemory    int64
+	limits          registry.Limits
+	ipv6Prefix      int
 	routes          map[string]*declaration // complete when the config is provisioned
 	logger          *zap.Logger
 
@@ -55,18 +62,18 @@ type declaration struct {
 	route  *registry.Route // set once the generation is retained
 }
 
-// declare adds a route to the generation. Handlers of the same name share a
-// route if they say the same.
-func (g *generation) declare(name, by string, config *routeConfig) error {
+// declare adds a route to the generation and returns its config. Handlers of the
+// same name share a route and its config if they say the same.
+func (g *generation) declare(name, by string, config *routeConfig) (*routeConfig, error) {
 	d, ok := g.routes[name]
 	if !ok {
 		g.routes[name] = &declaration{by: by, config: config}
-		return nil
+		return config, nil
 	}
 	if d.config.json != config.json {
-		return fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
+		return nil, fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
 	}
-	return nil
+	return d.config, nil
 }
 
 // start puts a generation in force: the settings of its routes count from now
@@ -109,6 +116,7 @@ func (l *lifecycle) stop(g *generation) {
 		return
 	}
 	for name, d := range g.routes {
+		d.config.pool.Stop()
 		if l.registry.Release(d.route) {
 			continue
 		}
@@ -168,18 +176,26 @@ func (l *lifecycle) retain(g *generation) {
 		return
 	}
 	g.retained = true
+	if len(l.started) == 0 {
+		l.registry.SetLimits(g.limits, g.ipv6Prefix)
+	}
 	for name, d := range g.routes {
 		d.route = l.registry.Retain(registry.WebSocket, name)
 		// The first settings of a new route; a route in force keeps its own
 		// until this generation starts.
-		d.route.Settings.CompareAndSwap(nil, d.config)
+		if d.route.Settings.CompareAndSwap(nil, d.config) {
+			d.route.SetLimits(d.config.limits)
+		}
+		d.config.pool.Start(d.route)
 	}
 }
 
 // apply lets the settings of a generation count. mu is held.
 func (l *lifecycle) apply(g *generation) {
 	l.registry.ReplayMemory.SetLimit(g.replayMemory)
+	l.registry.SetLimits(g.limits, g.ipv6Prefix)
 	for _, d := range g.routes {
+		d.route.SetLimits(d.config.limits)
 		l.registry.KeepAll(d.route)
 		if old, _ := d.route.Settings.Swap(d.config).(*routeConfig); old == nil || old.json != d.config.json {
 			l.registry.ReconsiderAll(d.route)
@@ -190,22 +206,32 @@ func (l *lifecycle) apply(g *generation) {
 // settle makes the upstreams of a generation the only ones: no older config may
 // come back. mu is held.
 func (l *lifecycle) settle(g *generation) {
-	for name, d := range g.routes {
+	for _, d := range g.routes {
 		d.config.alone.Store(true)
-		n := l.registry.MovePaced(d.route, liveRoute{d.route}.Leaves, d.config.settings.DrainWindow)
-		if n > 0 {
-			g.logger.Info("upstreams are gone, moving their connections",
-				zap.String("route", name), zap.Int("count", n), zap.Duration("duration", d.config.settings.DrainWindow))
-		}
+		liveRoute{d.route}.leave()
 	}
 }
 
-// routeConfig is what a config says about a route's live connections. It is not
-// changed once it is declared.
+// drain sets whether upstreams of a name are drained, in one route or, for "", in
+// all, and returns how many connections are there to move.
+func (l *lifecycle) drain(upstream, route string, drain bool) (conns int, found bool) {
+	routes := l.registry.Drain(upstream, route, drain)
+	for _, r := range routes {
+		if r.Settings.Load() != nil {
+			conns += liveRoute{r}.leave()
+		}
+	}
+	return conns, len(routes) > 0
+}
+
+// routeConfig is what a config says about a route. It is not changed once it is
+// declared.
 type routeConfig struct {
 	json             string // the handler's
 	settings         session.Settings
-	pool             *pool
+	limits           registry.Limits
+	pool             *pool.Pool
+	dialTimeout      time.Duration
 	handshakeTimeout time.Duration
 	concurrency      int
 	logger           *zap.Logger
@@ -215,10 +241,44 @@ type routeConfig struct {
 	alone atomic.Bool
 }
 
+// opening returns how to reach the route's upstreams.
+func (c *routeConfig) opening(route *registry.Route, client pool.Client, why pool.Why, last string) opening.Config {
+	return opening.Config{
+		Next:             c.pool.Tries(route, client, why, last).Next,
+		Tried:            func(t *pool.Target, took time.Duration, err error) { c.pool.Tried(route, t, took, err) },
+		DialTimeout:      c.dialTimeout,
+		HandshakeTimeout: c.handshakeTimeout,
+		Concurrency:      c.concurrency,
+		Logger:           c.logger,
+	}
+}
+
+// Upstreams implements registry.Pool.
+func (c *routeConfig) Upstreams() []registry.UpstreamState { return c.pool.Upstreams() }
+
+// left is called when something has changed for the worse about c's upstreams.
+func (c *routeConfig) left(route *registry.Route) {
+	if route.Settings.Load() == c { // else it does not matter any more
+		liveRoute{route}.leave()
+	}
+}
+
 // liveRoute is a route as its live connections see it: by the newest config.
 type liveRoute struct{ route *registry.Route }
 
 func (r liveRoute) config() *routeConfig { return r.route.Settings.Load().(*routeConfig) }
+
+// leave plans for connections to move away from upstreams that are to be left, and
+// returns how many.
+func (r liveRoute) leave() int {
+	c := r.config()
+	n := live.registry.MovePaced(r.route, r.Leaves, c.settings.DrainWindow)
+	if n > 0 {
+		c.logger.Info("moving connections away from their upstreams",
+			zap.String("route", r.route.Name()), zap.Int("count", n), zap.Duration("duration", c.settings.DrainWindow))
+	}
+	return n
+}
 
 // Settings implements opening.Pool.
 func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
@@ -226,11 +286,14 @@ func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
 // Leaves implements opening.Pool.
 func (r liveRoute) Leaves(upstream string) bool {
 	c := r.config()
-	return c.alone.Load() && !c.pool.has(upstream)
+	return c.alone.Load() && !c.pool.Has(upstream) || c.pool.Leaves(r.route, upstream)
 }
 
 // Others implements opening.Pool.
-func (r liveRoute) Others(upstream string) bool { return len(r.config().pool.without(upstream)) > 0 }
+func (r liveRoute) Others(upstream string) bool { return r.config().pool.Others(r.route, upstream) }
+
+// Lost implements opening.Pool.
+func (r liveRoute) Lost(up *registry.Upstream) { r.config().pool.Failed(r.route, up) }
 
 // Unanswering implements opening.Pool.
 func (r liveRoute) Unanswering(up *registry.Upstream) {
@@ -239,21 +302,33 @@ func (r liveRoute) Unanswering(up *registry.Upstream) {
 }
 
 // Redial implements opening.Pool.
-func (r liveRoute) Redial(q *handshake.Request, last string, move bool) opening.Config {
-	c := r.config()
-	groups := [][]*upstream{c.pool.without(last)}
-	if !move {
-		groups = append(groups, slices.DeleteFunc(slices.Clone(c.pool.upstreams), func(u *upstream) bool { return u.name != last }))
-	}
+func (r liveRoute) Redial(q *handshake.Request, addresses map[string]pool.Address, why pool.Why, last string) opening.Config {
 	req, err := q.HTTP()
 	if err != nil {
 		req = new(http.Request) // it was made of a request, so this does not happen
 	}
-	return opening.Config{
-		Next:             c.pool.each(r.route, req, nil, groups...),
-		DialTimeout:      c.pool.dialTimeout,
-		HandshakeTimeout: c.handshakeTimeout,
-		Concurrency:      c.concurrency,
-		Logger:           c.logger,
+	req = selection.Prepare(req, q.ClientIP(), q.Trusted())
+	client := clientOf(req)
+	client.Addresses = addresses
+	return r.config().opening(r.route, client, why, last)
+}
+
+// clientOf returns what a pool needs to know of a client.
+func clientOf(r *http.Request) pool.Client {
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	return pool.Client{Request: r, Addr: clientAddr(r), Replace: func(s string) string { return repl.ReplaceAll(s, "") }}
+}
+
+// clientAddr is the client's address as Caddy trusts it; its port is known if that
+// is the peer itself.
+func clientAddr(r *http.Request) netip.AddrPort {
+	text, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+	ip, err := netip.ParseAddr(text)
+	if err != nil {
+		return netip.AddrPort{}
 	}
+	if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr() == ip {
+		return peer
+	}
+	return netip.AddrPortFrom(ip, 0)
 }

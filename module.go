@@ -22,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/adminapi"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
@@ -44,6 +45,21 @@ const (
 // change its settings. Connections outlive the config that accepted them: the
 // registry itself is one per process.
 type ConnectionRegistry struct {
+	// How many connections of both handlers there may be. Clients beyond that get
+	// status 503. Zero: any number.
+	// Default: `0`.
+	MaxConnections *int `json:"max_connections,omitempty"`
+
+	// How many of them may come from one client IP, or one IPv6 prefix. Clients
+	// beyond that get status 429. Zero: any number.
+	// Default: `0`.
+	MaxConnectionsPerIP *int `json:"max_connections_per_ip,omitempty"`
+
+	// The part of an IPv6 address that counts as one client, in bits: 1 to 128. It
+	// is that of the routes' own limits as well.
+	// Default: `64`.
+	IPv6Prefix *int `json:"ipv6_prefix,omitempty"`
+
 	// How long connections live on whose route is gone from the config. They
 	// are closed evenly over that time, with code 1001. Zero closes them at once.
 	// Default: `10s`.
@@ -83,6 +99,8 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 		orphanTimeout:   settings.DurationOr(a.OrphanTimeout, defaultOrphanTimeout),
 		shutdownTimeout: settings.DurationOr(a.ShutdownTimeout, defaultShutdownTimeout),
 		replayMemory:    settings.ValueOr(a.ReplayMemory, defaultReplayMemory),
+		limits:          registry.Limits{Connections: a.MaxConnections, PerIP: a.MaxConnectionsPerIP},
+		ipv6Prefix:      settings.ValueOr(a.IPv6Prefix, registry.DefaultIPv6Prefix),
 		routes:          make(map[string]*declaration),
 		logger:          a.logger,
 	}
@@ -114,7 +132,14 @@ func (a *ConnectionRegistry) Validate() error {
 			return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
 		}
 	}
-	return settings.CheckSize("replay_memory", a.ReplayMemory)
+	if n := settings.ValueOr(a.IPv6Prefix, 1); n < 1 || n > 128 {
+		return fmt.Errorf("max_connections_per_ip: the IPv6 prefix must be 1 to 128: %d", n)
+	}
+	return settings.First(
+		settings.CheckSize("replay_memory", a.ReplayMemory),
+		settings.CheckCount("max_connections", a.MaxConnections, 0),
+		settings.CheckCount("max_connections_per_ip", a.MaxConnectionsPerIP, 0),
+	)
 }
 
 // Start makes this config's routes and settings the ones in force.
@@ -159,7 +184,7 @@ func (*AdminAPI) CaddyModule() caddy.ModuleInfo {
 
 // Routes returns the API's routes. They are made for every config, also for one
 // that then fails, and never cleaned up: they hold nothing but the registry.
-func (*AdminAPI) Routes() []caddy.AdminRoute { return adminapi.Routes(live.registry) }
+func (*AdminAPI) Routes() []caddy.AdminRoute { return adminapi.Routes(live.registry, live.drain) }
 
 // Interface guards
 var (

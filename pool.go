@@ -4,243 +4,299 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"net"
-	"net/http"
-	"net/url"
-	"slices"
-	"strings"
+	"net/netip"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
-	"github.com/holdfast-proxy/caddy-holdfast/internal/opening"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/health"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/transport"
+)
+
+// Defaults of load balancing and passive health checks.
+const (
+	defaultTryInterval = 250 * time.Millisecond
+	defaultMaxFails    = 1
 )
 
 // Upstream is a backend.
 type Upstream struct {
-	// The address: `host:port`, `host` (port 80), `unix//path`, or a URL of the
-	// scheme `ws` or `http` without a path.
+	// The address: `host:port`, `host` (port 80, or 443 for wss and https),
+	// `unix//path`, or a URL of the scheme `ws`, `wss`, `http` or `https` without a
+	// path. There may be placeholders in it.
 	Dial string `json:"dial,omitempty"`
 }
 
 // LoadBalancing says how an upstream is chosen.
 type LoadBalancing struct {
-	// The selection policy: `least_conn`, which counts the live connections of
-	// this route, or `round_robin`, which is Caddy's.
+	// The selection policy, a module. It is told how many connections of this route
+	// each upstream has.
 	// Default: `least_conn`.
 	SelectionPolicyRaw json.RawMessage `json:"selection_policy,omitempty" caddy:"namespace=http.reverse_proxy.selection_policies inline_key=policy"`
+
+	// How many more upstreams are tried if the first one fails; those that failed
+	// again, when there are no others.
+	// Default: every available upstream is tried once.
+	Retries *int `json:"retries,omitempty"`
+
+	// How long a client waits for an upstream if none is available, or all have
+	// failed. Zero: not at all.
+	// Default: `0`.
+	TryDuration *caddy.Duration `json:"try_duration,omitempty"`
+
+	// How long to pause meanwhile before the upstreams are tried again. It must be
+	// positive.
+	// Default: `250ms`.
+	TryInterval *caddy.Duration `json:"try_interval,omitempty"`
 }
 
-// pool is the set of upstreams of one handler, and how one of them is chosen
-// and dialed. Connections are counted by the registry, under the upstream's
-// name, so that counts go on across reloads.
-type pool struct {
-	upstreams   []*upstream
-	policy      policy
-	dialTimeout time.Duration
+// HealthChecks say which upstreams are fit for connections.
+type HealthChecks struct {
+	// Probes. Unset: none.
+	Active *health.Active `json:"active,omitempty"`
+
+	// What is learned from the connections themselves. Unset: nothing.
+	Passive *PassiveHealthChecks `json:"passive,omitempty"`
+
+	// Whether live connections leave an upstream that has become unhealthy, spread
+	// over the drain window, as long as there is another one for them.
+	// Default: `false`.
+	Migrate bool `json:"migrate_on_unhealthy,omitempty"`
 }
 
-// upstream is one backend as configured. It is immutable.
-type upstream struct {
-	name    string // as configured
-	network string
-	address string
+// PassiveHealthChecks say when an upstream's failures make it unhealthy: dials and
+// handshakes that fail, and backends that go away from live connections. Clients
+// that are held go to such an upstream all the same if there is no other: they have
+// pauses of their own.
+type PassiveHealthChecks struct {
+	// How long a failure counts. Zero: failures are not counted.
+	// Default: `0`.
+	FailDuration *caddy.Duration `json:"fail_duration,omitempty"`
+
+	// So many failures that count make an upstream unhealthy. At least 1.
+	// Default: `1`.
+	MaxFails *int `json:"max_fails,omitempty"`
+
+	// A connect with its handshake that takes so long is a failure. Zero: none is.
+	// Default: `0`.
+	UnhealthyLatency *caddy.Duration `json:"unhealthy_latency,omitempty"`
 }
 
-// policy chooses among candidates, of which there is at least one. conns is the
-// number of live connections of an upstream. It must not block.
-type policy interface {
-	choose(candidates []*upstream, conns func(name string) int, r *http.Request, w http.ResponseWriter) *upstream
+// poolSettings is what a handler says about its upstreams.
+type poolSettings struct {
+	upstreams      []*Upstream
+	dynamic        json.RawMessage
+	source         reverseproxy.UpstreamSource // loaded from dynamic; nil: none
+	balancing      *LoadBalancing
+	checks         *HealthChecks
+	transport      *settings.Transport
+	maxConnections *int // of each upstream
 }
 
-// newPool makes the pool of a handler's settings.
-func newPool(ctx caddy.Context, upstreams []*Upstream, lb *LoadBalancing, dialTimeout time.Duration) (*pool, error) {
-	p := &pool{dialTimeout: dialTimeout}
+// check refuses settings that mean nothing; the error names the subdirective.
+func (s *poolSettings) check() error {
+	if len(s.upstreams) == 0 && len(s.dynamic) == 0 {
+		return fmt.Errorf("no upstreams")
+	}
+	if err := checkSource(s.dynamic); err != nil {
+		return fmt.Errorf("dynamic: %w", err)
+	}
 	seen := make(map[string]bool)
-	for _, u := range upstreams {
-		up, err := parseUpstream(u.Dial)
+	for _, u := range s.upstreams {
+		a, err := pool.ParseAddress(settings.ValueOr(u, Upstream{}).Dial) // a null in JSON
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if seen[up.address] {
-			return nil, fmt.Errorf("upstream %q: repeated", u.Dial)
-		}
-		seen[up.address] = true
-		p.upstreams = append(p.upstreams, up)
-	}
-	if len(p.upstreams) == 0 {
-		return nil, fmt.Errorf("no upstreams")
-	}
-	var err error
-	p.policy, err = loadPolicy(ctx, lb, p.upstreams)
-	return p, err
-}
-
-// has reports whether an upstream of that name is in the pool.
-func (p *pool) has(name string) bool {
-	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return u.name == name })
-}
-
-// without returns the upstreams but for the one of that name.
-func (p *pool) without(name string) []*upstream {
-	return slices.DeleteFunc(slices.Clone(p.upstreams), func(u *upstream) bool { return u.name == name })
-}
-
-// each returns a function that chooses the upstreams for one request, each once,
-// and takes a place in the count of the one it chose. Those of each group are
-// chosen before the next group's.
-func (p *pool) each(route *registry.Route, r *http.Request, w http.ResponseWriter, groups ...[]*upstream) func() *opening.Target {
-	var candidates []*upstream
-	return func() *opening.Target {
-		for len(candidates) == 0 && len(groups) > 0 {
-			candidates, groups = groups[0], groups[1:]
-		}
-		var chosen *upstream
-		place := route.Choose(func(conns func(string) int) string {
-			if len(candidates) > 0 {
-				chosen = p.policy.choose(candidates, conns, r, w)
+		if key := a.Network() + " " + a.Dial(); !a.Varies() {
+			if seen[key] {
+				return fmt.Errorf("upstream %q: repeated", u.Dial)
 			}
-			if chosen == nil {
-				return ""
+			seen[key] = true
+		} else if seen[u.Dial] {
+			return fmt.Errorf("upstream %q: repeated", u.Dial)
+		}
+		seen[u.Dial] = true
+	}
+	b := settings.ValueOr(s.balancing, LoadBalancing{})
+	c := settings.ValueOr(s.checks, HealthChecks{})
+	p := settings.ValueOr(c.Passive, PassiveHealthChecks{})
+	t := settings.ValueOr(s.transport, Transport{})
+	if err := transport.Check(t.TLS, t.ProxyProtocol); err != nil {
+		return err
+	}
+	if c.Active != nil {
+		if err := c.Active.Check(); err != nil {
+			return err
+		}
+	}
+	err := settings.First(
+		settings.CheckCount("lb_retries", b.Retries, 0),
+		settings.NotNegative("lb_try_duration", b.TryDuration), settings.Positive("lb_try_interval", b.TryInterval),
+		settings.NotNegative("fail_duration", p.FailDuration), settings.CheckCount("max_fails", p.MaxFails, 1),
+		settings.NotNegative("unhealthy_latency", p.UnhealthyLatency),
+		settings.CheckCount("upstream_max_connections", s.maxConnections, 0),
+	)
+	if err != nil {
+		return err
+	}
+	// What would have no effect is a mistake.
+	switch counts := p.FailDuration != nil && *p.FailDuration > 0; {
+	case !counts && p.MaxFails != nil:
+		return fmt.Errorf("max_fails needs a fail_duration")
+	case !counts && p.UnhealthyLatency != nil && *p.UnhealthyLatency > 0:
+		return fmt.Errorf("unhealthy_latency needs a fail_duration")
+	case !counts && c.Active == nil && c.Migrate:
+		return fmt.Errorf("migrate_on_unhealthy needs health checks")
+	}
+	return nil
+}
+
+// checkSource refuses a source that could never find an upstream, or that has a
+// time which means nothing: Caddy's own take them silently. What other modules
+// take is up to them.
+func checkSource(raw json.RawMessage) error {
+	if len(raw) == 0 {
+		return nil
+	}
+	var source struct {
+		Source      string            `json:"source"`
+		Name        string            `json:"name"`
+		Refresh     *caddy.Duration   `json:"refresh"`
+		DialTimeout *caddy.Duration   `json:"dial_timeout"`
+		GracePeriod *caddy.Duration   `json:"grace_period"`
+		Sources     []json.RawMessage `json:"sources"`
+	}
+	if err := json.Unmarshal(raw, &source); err != nil {
+		return nil // loading the module says it better
+	}
+	switch source.Source {
+	case "a", "srv":
+		if source.Name == "" {
+			return fmt.Errorf("%q needs a name", source.Source)
+		}
+		return settings.First(
+			settings.NotNegative("refresh", source.Refresh), settings.NotNegative("dial_timeout", source.DialTimeout),
+			settings.NotNegative("grace_period", source.GracePeriod),
+		)
+	case "multi":
+		if len(source.Sources) == 0 {
+			return fmt.Errorf("%q needs at least one source", source.Source)
+		}
+		for _, raw := range source.Sources {
+			if err := checkSource(raw); err != nil {
+				return err
 			}
-			return chosen.name
-		})
-		if place == nil {
-			return nil
-		}
-		candidates = slices.DeleteFunc(slices.Clone(candidates), func(u *upstream) bool { return u == chosen })
-		return &opening.Target{
-			Place: place, Address: chosen.address,
-			Dial: func(ctx context.Context) (net.Conn, error) { return p.dial(ctx, chosen) },
-		}
-	}
-}
-
-// dial connects to an upstream.
-func (p *pool) dial(ctx context.Context, u *upstream) (net.Conn, error) {
-	d := net.Dialer{Timeout: p.dialTimeout}
-	return d.DialContext(ctx, u.network, u.address)
-}
-
-// leastConn chooses an upstream that has the fewest connections, at random
-// among equals.
-type leastConn struct{}
-
-func (leastConn) choose(candidates []*upstream, conns func(string) int, _ *http.Request, _ http.ResponseWriter) *upstream {
-	var best *upstream
-	fewest, equals := 0, 0
-	for _, u := range candidates {
-		n := conns(u.name)
-		switch {
-		case best == nil || n < fewest:
-			best, fewest, equals = u, n, 1
-		case n == fewest:
-			equals++
-			if rand.IntN(equals) == 0 { //nolint:gosec // spreading load needs no secrets
-				best = u
-			}
-		}
-	}
-	return best
-}
-
-// caddyPolicy is a selection policy of Caddy.
-type caddyPolicy struct {
-	selector reverseproxy.Selector
-	theirs   map[*upstream]*reverseproxy.Upstream
-}
-
-func (c *caddyPolicy) choose(candidates []*upstream, _ func(string) int, r *http.Request, w http.ResponseWriter) *upstream {
-	theirs := make(reverseproxy.UpstreamPool, len(candidates))
-	for i, u := range candidates {
-		theirs[i] = c.theirs[u]
-	}
-	chosen := c.selector.Select(theirs, r, w)
-	for i, t := range theirs {
-		if t == chosen {
-			return candidates[i]
 		}
 	}
 	return nil
 }
 
-// loadPolicy loads the selection policy, least_conn if none is set.
-func loadPolicy(ctx caddy.Context, lb *LoadBalancing, upstreams []*upstream) (policy, error) {
-	if lb == nil || len(lb.SelectionPolicyRaw) == 0 {
-		return leastConn{}, nil
+// provision makes the pool. left is called when live connections of a route may
+// have to leave an upstream.
+func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) (*pool.Pool, error) {
+	if err := s.check(); err != nil {
+		return nil, err
 	}
-	var named struct {
-		Policy string `json:"policy"`
+	b := settings.ValueOr(s.balancing, LoadBalancing{})
+	c := settings.ValueOr(s.checks, HealthChecks{})
+	p := settings.ValueOr(c.Passive, PassiveHealthChecks{})
+	logger := ctx.Logger()
+	if !selection.CanShowState() {
+		logger.Warn("this version of Caddy hides how upstreams are counted; policies other than least_conn and random_choose count no connections")
 	}
-	if err := json.Unmarshal(lb.SelectionPolicyRaw, &named); err != nil {
-		return nil, fmt.Errorf("reading selection policy: %w", err)
-	}
-	switch named.Policy {
-	case "least_conn":
-		// Caddy's own counts reverse_proxy's requests and cannot be told of ours.
-		return leastConn{}, nil
-	case "round_robin":
-	default:
-		return nil, errPolicy(named.Policy)
-	}
-	mod, err := ctx.LoadModule(lb, "SelectionPolicyRaw")
+	policy, err := selection.Load(ctx, b.SelectionPolicyRaw)
 	if err != nil {
-		return nil, fmt.Errorf("loading selection policy %q: %w", named.Policy, err)
+		return nil, err
 	}
-	p := &caddyPolicy{selector: mod.(reverseproxy.Selector), theirs: make(map[*upstream]*reverseproxy.Upstream)}
-	for _, u := range upstreams {
-		p.theirs[u] = &reverseproxy.Upstream{Dial: u.address, Host: new(reverseproxy.Host)}
+	connect, err := s.connect(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return p, nil
-}
-
-func errPolicy(name string) error {
-	return fmt.Errorf("unknown lb_policy %q: want least_conn or round_robin", name)
-}
-
-// parseUpstream reads an upstream's address. There is no path in it: the
-// client's goes to the backend, and rewrite and uri change it.
-func parseUpstream(addr string) (*upstream, error) {
-	fail := func(format string, args ...any) (*upstream, error) {
-		return nil, fmt.Errorf("upstream %q: %s", addr, fmt.Sprintf(format, args...))
+	events, err := ctx.App("events")
+	if err != nil {
+		return nil, fmt.Errorf("getting events app: %w", err)
 	}
-	if addr == "" {
-		return fail("empty address")
+	config := pool.Config{
+		Dynamic:          s.source,
+		Policy:           policy,
+		Connect:          connect,
+		Logger:           logger,
+		MaxConnections:   settings.ValueOr(s.maxConnections, 0),
+		FailDuration:     settings.DurationOr(p.FailDuration, 0),
+		MaxFails:         settings.ValueOr(p.MaxFails, defaultMaxFails),
+		UnhealthyLatency: settings.DurationOr(p.UnhealthyLatency, 0),
+		LeaveUnhealthy:   c.Migrate,
+		Retries:          b.Retries,
+		TryDuration:      settings.DurationOr(b.TryDuration, 0),
+		TryInterval:      settings.DurationOr(b.TryInterval, defaultTryInterval),
+		Left:             left,
+		Changed: func(upstream string, healthy bool) {
+			name := "unhealthy"
+			if healthy {
+				name = "healthy"
+			}
+			events.(*caddyevents.App).Emit(ctx, name, map[string]any{"host": upstream})
+		},
 	}
-	if strings.Contains(addr, "{") {
-		return fail("placeholders are not supported")
-	}
-	hostport := addr
-	if strings.Contains(addr, "://") {
-		u, err := url.Parse(addr)
+	for _, u := range s.upstreams {
+		a, err := pool.ParseAddress(u.Dial)
 		if err != nil {
-			return fail("%v", err)
+			return nil, err
 		}
-		if u.Scheme != "ws" && u.Scheme != "http" {
-			return fail("unsupported scheme %q: want ws or http", u.Scheme)
-		}
-		if u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-			return fail("only scheme, host and port are allowed; use the rewrite or uri directive to change the path")
-		}
-		hostport = u.Host
+		config.Upstreams = append(config.Upstreams, a)
 	}
-	na, err := caddy.ParseNetworkAddressWithDefaults(hostport, "tcp", 80)
-	switch {
-	case err != nil:
-		return fail("%v", err)
-	case na.PortRangeSize() != 1:
-		return fail("want one port")
-	case na.IsUnixNetwork():
-		return &upstream{name: addr, network: na.Network, address: na.Host}, nil
-	case na.Network != "tcp" && na.Network != "tcp4" && na.Network != "tcp6":
-		return fail("unsupported network %q: want tcp or unix", na.Network)
-	case na.Host == "":
-		return fail("no host")
-	case na.StartPort == 0:
-		return fail("port 0")
+	if c.Active != nil {
+		if config.Checks, err = s.activeChecks(c.Active, logger); err != nil {
+			return nil, err
+		}
 	}
-	return &upstream{name: addr, network: na.Network, address: na.JoinHostPort(0)}, nil
+	return pool.New(config), nil
+}
+
+// activeChecks are shared by all configs that have the same ones: of the same
+// upstream, with the same connection settings.
+func (s *poolSettings) activeChecks(a *health.Active, logger *zap.Logger) (*pool.Checks, error) {
+	probe, err := a.Compile()
+	if err != nil {
+		return nil, err
+	}
+	t := settings.ValueOr(s.transport, settings.Transport{})
+	key, err := json.Marshal([]any{a.WS, a.HTTP, t.TLS, t.ProxyProtocol}) // not how often
+	if err != nil {
+		return nil, err
+	}
+	spec := a.Spec()
+	spec.Logger = logger
+	return &pool.Checks{Checkers: live.checkers, Key: string(key), Spec: spec, Probe: probe}, nil
+}
+
+// connect returns how the pool's upstreams are dialed.
+func (s *poolSettings) connect(ctx caddy.Context) (pool.Connect, error) {
+	t := settings.ValueOr(s.transport, settings.Transport{})
+	timeout := settings.DurationOr(t.DialTimeout, settings.DialTimeout)
+	d, err := transport.New(ctx, timeout, t.TLS, t.ProxyProtocol)
+	if err != nil {
+		return nil, err
+	}
+	for _, u := range s.upstreams {
+		if a, err := pool.ParseAddress(u.Dial); err == nil && a.Plain && t.TLS != nil {
+			return nil, fmt.Errorf("upstream %q: its scheme is without TLS, but there are TLS settings", u.Dial)
+		}
+	}
+	return func(ctx context.Context, to pool.Address, port string, client netip.AddrPort, replace func(string) string) (net.Conn, error) {
+		to = to.WithPort(port)
+		return d.Dial(ctx, transport.Request{
+			Network: to.Network(), Address: to.Dial(), TLS: to.Secure || t.TLS != nil && !to.Plain,
+			Client: client, Replace: replace,
+		})
+	}, nil
 }

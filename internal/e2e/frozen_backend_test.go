@@ -220,7 +220,8 @@ func (w *writer) run() {
 func (b *backendProcess) wantNumbers(t testing.TB, n int, firstMissing bool) {
 	t.Helper()
 	var numbers []int
-	if !eventually(10*time.Second, func() bool {
+	// Where the kernel has to acknowledge, a full buffer goes on once a ping_timeout.
+	if !eventually(40*time.Second, func() bool {
 		numbers = nil
 		for _, conns := range backendConns(t, b) {
 			for _, text := range conns[len(conns)-1].texts {

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -36,16 +37,28 @@ type proxy struct {
 	admin string // host:port of the admin endpoint
 }
 
-// freeAddr returns a loopback address that nobody listens on.
+// freeAddr returns a loopback address that nobody listens on, that it has not returned
+// before, and that the kernel gives to nobody by itself: its port is below those from
+// which it picks. It is free on all other addresses too, on which Caddy listens.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 1000 {
+		port := 20000 + rand.IntN(12000)
+		ln, err := net.Listen("tcp", fmt.Sprint(":", port))
+		if err != nil {
+			continue
+		}
+		ln.Close()
+		if _, again := givenPorts.LoadOrStore(port, true); !again {
+			return fmt.Sprint("127.0.0.1:", port)
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
+
+// givenPorts are those that freeAddr has returned.
+var givenPorts sync.Map
 
 // siteConfig is a Caddyfile with one plain site that has the given body, and
 // optional global options.
@@ -218,7 +231,7 @@ func openDescriptors(t testing.TB) []string {
 	return open
 }
 
-// checkLeaks fails the test if a goroutine of a connection, or more descriptors
+// checkLeaks fails the test if a goroutine of a connection or an upstream, or more descriptors
 // than before, are left.
 func checkLeaks(t testing.TB, before []string) {
 	t.Helper()
@@ -233,13 +246,14 @@ func checkLeaks(t testing.TB, before []string) {
 	}
 }
 
-// ownGoroutines returns the stacks of the goroutines that run connections.
+// ownGoroutines returns the stacks of the goroutines that run connections, and of those
+// that watch upstreams.
 func ownGoroutines() string {
 	buf := make([]byte, 4<<20)
 	buf = buf[:runtime.Stack(buf, true)]
 	var own []string
 	for g := range strings.SplitSeq(string(buf), "\n\n") {
-		for _, pkg := range []string{"session", "opening", "registry"} {
+		for _, pkg := range []string{"session", "opening", "registry", "pool", "health"} {
 			if strings.Contains(g, "caddy-holdfast/internal/"+pkg+".") {
 				own = append(own, g)
 				break

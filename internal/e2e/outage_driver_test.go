@@ -43,7 +43,7 @@ type outageBackend struct {
 
 func startOutageBackend(t testing.TB) *outageBackend {
 	t.Helper()
-	b := &outageBackend{t: t, addr: reservedAddr(t), next: make(map[string]int), client: make(map[string]int)}
+	b := &outageBackend{t: t, addr: freeAddr(t), next: make(map[string]int), client: make(map[string]int)}
 	b.come(0)
 	t.Cleanup(func() { b.leave(); b.serving.Wait() })
 	return b

@@ -10,8 +10,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -78,28 +76,18 @@ type life struct {
 // when the test ends, if it still runs.
 func startBackend(t testing.TB, kind, name string, flags ...string) *backendProcess {
 	t.Helper()
-	b := &backendProcess{name: name, addr: reservedAddr(t), file: filepath.Join(t.TempDir(), name+".jsonl")}
+	return startBackendAt(t, freeAddr(t), kind, name, flags...)
+}
+
+// startBackendAt is startBackend at an address of the test's choice.
+func startBackendAt(t testing.TB, addr, kind, name string, flags ...string) *backendProcess {
+	t.Helper()
+	b := &backendProcess{name: name, addr: addr, file: filepath.Join(t.TempDir(), name+".jsonl")}
 	b.args = append(backendKinds[kind](t), "-listen", b.addr, "-name", name, "-record", b.file)
 	b.args = append(b.args, flags...)
 	t.Cleanup(func() { b.end(t) })
 	b.start(t)
 	return b
-}
-
-// reservedAddr returns a loopback address that nobody listens on and that the kernel
-// gives to nobody by itself: it is below the ports from which it picks. While the
-// backend is away it cannot become another's, nor a dial's own.
-func reservedAddr(t testing.TB) string {
-	t.Helper()
-	for range 100 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(12000))
-		if ln, err := net.Listen("tcp", addr); err == nil {
-			ln.Close()
-			return addr
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
 }
 
 // start starts a process and returns when it listens.

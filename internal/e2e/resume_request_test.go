@@ -132,7 +132,7 @@ func TestResumeHeader(t *testing.T) {
 		return false
 	}
 	b.requests = make(chan *http.Request, 100)
-	nobody := reservedAddr(t)
+	nobody := freeAddr(t)
 	p := startCaddy(t, "", fmt.Sprintf("websocket_proxy %s %s {\n resume_interval 1ms 5ms\n}", rawBackend(t, b.serve), nobody))
 	c := rawDial(t, p.addr, "")
 	b.asked(t)

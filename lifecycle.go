@@ -207,8 +207,11 @@ func (l *lifecycle) apply(g *generation) {
 // come back. mu is held.
 func (l *lifecycle) settle(g *generation) {
 	for _, d := range g.routes {
+		// Planned for all before any of them may plan for itself.
+		liveRoute{d.route}.leaveIf(func(upstream string) bool {
+			return !d.config.pool.Has(upstream) || d.config.pool.Leaves(d.route, upstream)
+		})
 		d.config.alone.Store(true)
-		liveRoute{d.route}.leave()
 	}
 }
 
@@ -270,9 +273,11 @@ func (r liveRoute) config() *routeConfig { return r.route.Settings.Load().(*rout
 
 // leave plans for connections to move away from upstreams that are to be left, and
 // returns how many.
-func (r liveRoute) leave() int {
+func (r liveRoute) leave() int { return r.leaveIf(r.Leaves) }
+
+func (r liveRoute) leaveIf(leaves func(upstream string) bool) int {
 	c := r.config()
-	n := live.registry.MovePaced(r.route, r.Leaves, c.settings.DrainWindow)
+	n := live.registry.MovePaced(r.route, leaves, c.settings.DrainWindow)
 	if n > 0 {
 		c.logger.Info("moving connections away from their upstreams",
 			zap.String("route", r.route.Name()), zap.Int("count", n), zap.Duration("duration", c.settings.DrainWindow))

@@ -4,8 +4,14 @@ import "golang.org/x/sys/unix"
 
 func ask(fd int) (info Info, ok bool) {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-	if _, err := unix.Poll(fds, 0); err != nil {
-		return info, false
+	for {
+		_, err := unix.Poll(fds, 0)
+		if err == nil {
+			break
+		}
+		if err != unix.EINTR { // the runtime's signals interrupt it, too
+			return info, false
+		}
 	}
 	// A pending error is what tells a reset from an end on both sides, after
 	// which TCP's own state says the same for either.

@@ -163,11 +163,11 @@ func TestMigrateToNobody(t *testing.T) {
 			c := rawDial(t, p.addr, test.offer)
 			p.reload(t, p.siteConfig("metrics", "websocket_proxy "+a.addr+" "+b.addr+" {\n name app\n}"))
 			id := p.connections(t)[0].ID
+			c.send(t, ws.OpText, "one")
+			c.wantText(t, "echo one") // its session is running, else it could not be moved yet
 			if status := p.migrate(t, id); status != http.StatusAccepted {
 				t.Fatalf("got %d, want 202", status)
 			}
-			c.send(t, ws.OpText, "one")
-			c.wantText(t, "echo one")
 			p.wantMetrics(t, map[string]string{`caddy_connections_migrations_total{result="stayed",route="app"}`: "1"})
 			p.waitState(t, id, "open", a.addr)
 			c.send(t, ws.OpText, "two")

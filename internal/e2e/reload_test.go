@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -64,6 +65,14 @@ func TestReloadKeepsConnections(t *testing.T) {
 	}
 	for n := range reloads {
 		p.reload(t, config(n+2))
+		for _, c := range chatters {
+			c.reloaded = c.sent.Load()
+		}
+		quiet := func(c *chatter) bool { return c.sent.Load() == c.reloaded }
+		if !eventually(20*time.Second, func() bool { return !slices.ContainsFunc(chatters, quiet) }) {
+			t.Errorf("reload %d: client %d has no echo since", n, slices.IndexFunc(chatters, quiet))
+			break
+		}
 	}
 	if got := p.stats(t).ByState["open"]; got != clients {
 		t.Errorf("open connections after %d reloads: got %d, want %d", reloads, got, clients)
@@ -198,6 +207,8 @@ type chatter struct {
 	quit chan struct{} // closed by stop
 	done chan struct{} // closed by run
 	err  error         // valid after done
+
+	reloaded int64 // what sent was at the last reload
 }
 
 func startChatter(t testing.TB, addr string, conf *tls.Config) *chatter {

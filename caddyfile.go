@@ -1,12 +1,10 @@
 package holdfast
 
 import (
-	"encoding/json"
 	"fmt"
-	"reflect"
-	"strconv"
+	"slices"
+	"strings"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -15,6 +13,7 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/health"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/subdirective"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/transport"
 )
@@ -99,7 +98,7 @@ func init() {
 // place in the site.
 func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
-	if err := h.addUpstreams(d, d.RemainingArgs()); err != nil {
+	if err := addUpstreams(d, &h.Upstreams, pool.ParseAddress); err != nil {
 		return err
 	}
 	h.Transport, h.KeepAlive, h.Resume, h.Replay = new(Transport), new(KeepAlive), new(Resume), new(Replay)
@@ -127,62 +126,26 @@ func (h *WebSocketProxy) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 // words are the subdirectives of one argument.
 func (h *WebSocketProxy) words() map[string]subdirective.Argument {
-	type (
-		duration = subdirective.Duration
-		number   = subdirective.Number
-		size     = subdirective.Size
-		word     = subdirective.Word
-	)
-	active, passive := h.HealthChecks.Active, h.HealthChecks.Passive
-	return map[string]subdirective.Argument{
-		"name":                     word{To: &h.Name},
-		"upstream_max_connections": number{To: &h.Limits.PerUpstream},
-		"lb_retries":               number{To: &h.LoadBalancing.Retries},
-		"lb_try_duration":          duration{To: &h.LoadBalancing.TryDuration},
-		"lb_try_interval":          duration{To: &h.LoadBalancing.TryInterval},
-		"dial_timeout":             duration{To: &h.Transport.DialTimeout},
-		"handshake_timeout":        duration{To: &h.Transport.HandshakeTimeout},
-		"proxy_protocol":           word{To: &h.Transport.ProxyProtocol},
-		"health_interval":          duration{To: &active.Interval},
-		"health_timeout":           duration{To: &active.Timeout},
-		"health_fails":             number{To: &active.Fails},
-		"health_passes":            number{To: &active.Passes},
-		"fail_duration":            duration{To: &passive.FailDuration},
-		"max_fails":                number{To: &passive.MaxFails},
-		"unhealthy_latency":        duration{To: &passive.UnhealthyLatency},
-		"resume_timeout":           duration{To: &h.Resume.Timeout, Off: true},
-		"resume_concurrency":       number{To: &h.Resume.Concurrency},
-		"resume_limit":             number{To: &h.Resume.Limit},
-		"replay":                   word{To: &h.Replay.Mode},
-		"replay_buffer":            size{To: &h.Replay.Buffer},
-		"replay_overflow":          word{To: &h.Replay.Overflow},
-		"drain_window":             duration{To: &h.DrainWindow},
-		"ping_interval":            duration{To: &h.KeepAlive.PingInterval, Off: true},
-		"ping_timeout":             duration{To: &h.KeepAlive.PingTimeout},
-		"idle_timeout":             duration{To: &h.KeepAlive.IdleTimeout, Off: true},
-		"first_data_timeout":       duration{To: &h.KeepAlive.FirstDataTimeout, Off: true},
-		"max_lifetime":             duration{To: &h.KeepAlive.MaxLifetime, Off: true},
-		"write_timeout":            duration{To: &h.KeepAlive.WriteTimeout, Off: true},
-		"max_connections":          number{To: &h.Limits.MaxConnections},
-		"max_connections_per_ip":   number{To: &h.Limits.MaxConnectionsPerIP},
-		"client_max_message_size":  size{To: &h.Limits.ClientMaxMessageSize},
-		"server_max_message_size":  size{To: &h.Limits.ServerMaxMessageSize},
-		"compression":              word{To: &h.Compression},
-		"default_origin":           word{To: &h.Headers.DefaultOrigin},
-	}
+	passive := h.HealthChecks.Passive
+	return subdirective.Join(
+		poolWords(h.LoadBalancing, &h.HealthChecks.Active.Schedule, &passive.Failures),
+		h.Transport.Words(), h.KeepAlive.Words(), h.Resume.Words(), h.Replay.Words(), h.Limits.Words(),
+		map[string]subdirective.Argument{
+			"name":              subdirective.Word{To: &h.Name},
+			"unhealthy_latency": subdirective.Duration{To: &passive.UnhealthyLatency},
+			"drain_window":      subdirective.Duration{To: &h.DrainWindow},
+			"compression":       subdirective.Word{To: &h.Compression},
+			"default_origin":    subdirective.Word{To: &h.Headers.DefaultOrigin},
+		})
 }
 
 // parseOther takes the subdirectives of no, several or special arguments.
 func (h *WebSocketProxy) parseOther(d *caddyfile.Dispenser, name string) (known bool, err error) {
 	switch name {
 	case "to":
-		args := d.RemainingArgs()
-		if err := subdirective.Count(d, name, args, 1, len(args)); err != nil {
-			return true, err
-		}
-		return true, h.addUpstreams(d, args)
+		err = parseTo(d, &h.Upstreams, pool.ParseAddress)
 	case "dynamic":
-		h.DynamicUpstreamsRaw, err = parseDynamic(d)
+		h.DynamicUpstreamsRaw, err = pool.ParseDynamic(d)
 	case "lb_policy":
 		h.LoadBalancing.SelectionPolicyRaw, err = selection.ParseCaddyfile(d)
 	case "health_ws":
@@ -194,9 +157,9 @@ func (h *WebSocketProxy) parseOther(d *caddyfile.Dispenser, name string) (known 
 	case "migrate_on_unhealthy":
 		err = subdirective.Flag(d, &h.HealthChecks.Migrate)
 	case "resume_interval":
-		err = h.parseInterval(d)
+		err = subdirective.Some(d, 1, subdirective.Duration{To: &h.Resume.MinInterval}, subdirective.Duration{To: &h.Resume.MaxInterval})
 	case "resume_on":
-		err = h.parseCodes(d)
+		err = h.Resume.ParseCodes(d)
 	case "allowed_origins":
 		h.Limits.AllowedOrigins = d.RemainingArgs()
 		err = subdirective.Count(d, name, h.Limits.AllowedOrigins, 1, len(h.Limits.AllowedOrigins))
@@ -213,74 +176,11 @@ func (h *WebSocketProxy) parseOther(d *caddyfile.Dispenser, name string) (known 
 // dropEmptyGroups leaves groups out in which nothing is set.
 func (h *WebSocketProxy) dropEmptyGroups() {
 	c := h.HealthChecks
-	c.Active, c.Passive = nilIfZero(c.Active), nilIfZero(c.Passive)
-	h.HealthChecks = nilIfZero(c)
-	h.LoadBalancing, h.Transport, h.KeepAlive = nilIfZero(h.LoadBalancing), nilIfZero(h.Transport), nilIfZero(h.KeepAlive)
-	h.Resume, h.Replay, h.Limits = nilIfZero(h.Resume), nilIfZero(h.Replay), nilIfZero(h.Limits)
-	h.Headers = nilIfZero(h.Headers)
-}
-
-// nilIfZero returns nil for a group in which nothing is set.
-func nilIfZero[T any](group *T) *T {
-	if reflect.ValueOf(group).Elem().IsZero() {
-		return nil
-	}
-	return group
-}
-
-// parseDynamic takes a module that finds upstreams.
-func parseDynamic(d *caddyfile.Dispenser) (json.RawMessage, error) {
-	if !d.NextArg() {
-		return nil, d.Err("dynamic: missing argument")
-	}
-	name := d.Val()
-	const namespace = "http.reverse_proxy.upstreams."
-	if _, err := caddy.GetModule(namespace + name); err != nil {
-		return nil, d.Errf("dynamic: unknown module %q", name)
-	}
-	source, err := caddyfile.UnmarshalModule(d, namespace+name)
-	if err != nil {
-		return nil, fmt.Errorf("dynamic: %w", err)
-	}
-	return caddyconfig.JSONModuleObject(source, "source", name, nil), nil
-}
-
-// parseInterval takes the shortest and, if it is given, the longest pause.
-func (h *WebSocketProxy) parseInterval(d *caddyfile.Dispenser) error {
-	name, args := d.Val(), d.RemainingArgs()
-	for i, to := range []**caddy.Duration{&h.Resume.MinInterval, &h.Resume.MaxInterval} {
-		if i < len(args) {
-			if err := (subdirective.Duration{To: to}).Parse(args[i]); err != nil {
-				return d.Errf("%s: %w", name, err)
-			}
-		}
-	}
-	return subdirective.Count(d, name, args, 1, 2)
-}
-
-// parseCodes takes close codes.
-func (h *WebSocketProxy) parseCodes(d *caddyfile.Dispenser) error {
-	name, args := d.Val(), d.RemainingArgs()
-	codes := make([]uint16, 0, len(args))
-	for _, arg := range args {
-		code, err := strconv.ParseUint(arg, 10, 16)
-		if err != nil {
-			return d.Errf("%s: invalid close code %q", name, arg)
-		}
-		codes = append(codes, uint16(code))
-	}
-	h.Resume.CloseCodes = &codes
-	return subdirective.Count(d, name, args, 1, len(args))
-}
-
-func (h *WebSocketProxy) addUpstreams(d *caddyfile.Dispenser, addrs []string) error {
-	for _, addr := range addrs {
-		if _, err := pool.ParseAddress(addr); err != nil {
-			return d.WrapErr(err)
-		}
-		h.Upstreams = append(h.Upstreams, &Upstream{Dial: addr})
-	}
-	return nil
+	c.Active, c.Passive = subdirective.NilIfZero(c.Active), subdirective.NilIfZero(c.Passive)
+	h.HealthChecks = subdirective.NilIfZero(c)
+	h.LoadBalancing, h.Transport, h.KeepAlive = subdirective.NilIfZero(h.LoadBalancing), subdirective.NilIfZero(h.Transport), subdirective.NilIfZero(h.KeepAlive)
+	h.Resume, h.Replay, h.Limits = subdirective.NilIfZero(h.Resume), subdirective.NilIfZero(h.Replay), subdirective.NilIfZero(h.Limits)
+	h.Headers = subdirective.NilIfZero(h.Headers)
 }
 
 // parseWebSocketProxy is the directive in a site block.
@@ -291,7 +191,7 @@ func parseWebSocketProxy(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandl
 	}
 	// The ordinal counts the directives of a site, named ones too, so that naming
 	// one does not rename the others. The helper's state is that of all sites.
-	site := siteAddress(helper)
+	site := subdirective.Site(helper)
 	key := "holdfast.websocket_proxy " + site
 	n, _ := helper.State[key].(int)
 	helper.State[key] = n + 1
@@ -301,18 +201,173 @@ func parseWebSocketProxy(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandl
 	return h, nil
 }
 
-// siteAddress returns the first address of the site that a directive stands in.
-// Caddy keeps it in an unexported field of the helper, where reflection may read
-// it, but nothing else may; a test says when that has changed.
-func siteAddress(helper httpcaddyfile.Helper) string {
-	if block := reflect.ValueOf(helper).FieldByName("parentBlock"); block.Kind() == reflect.Struct {
-		if keys := block.FieldByName("Keys"); keys.Kind() == reflect.Slice && keys.Len() > 0 {
-			if text := keys.Index(0).FieldByName("Text"); text.Kind() == reflect.String && text.String() != "" {
-				return text.String()
-			}
-		}
+// UnmarshalCaddyfile sets the handler up from Caddyfile tokens. Syntax:
+//
+//	sni_passthrough [<upstreams...>] {
+//	    name <route>
+//
+//	    # backends
+//	    to                       <upstreams...>
+//	    upstream_max_connections <n>
+//
+//	    # load balancing
+//	    lb_policy       random|random_choose|least_conn|round_robin|weighted_round_robin|first|ip_hash
+//	    lb_retries      <n>
+//	    lb_try_duration <duration>
+//	    lb_try_interval <duration>
+//
+//	    # connecting
+//	    dial_timeout   <duration>
+//	    proxy_protocol v1|v2
+//
+//	    # health checks
+//	    health_interval <duration>
+//	    health_timeout  <duration>
+//	    health_fails    <n>
+//	    health_passes   <n>
+//	    health_port     <port>
+//	    health_tcp
+//	    health_tls      [<server_name>]
+//	    fail_duration   <duration>
+//	    max_fails       <n>
+//	    close_if_unhealthy
+//
+//	    # keeping alive
+//	    keep_alive_treatment  standard|extended|immortal
+//	    inactivity_timeout    <duration>
+//	    inactivity_multiplier <factor>
+//	    inactivity_grace      <duration>
+//	    max_lifetime          <duration>|off
+//	    half_open_timeout     <duration>
+//	    stuck_timeout         <duration>|off
+//	    tcp_keepalive         <idle> [<interval> [<count>]] | off
+//	    tcp_user_timeout      <duration>|off
+//
+//	    # limits
+//	    max_connections        <n>
+//	    max_connections_per_ip <n>
+//
+//	    log
+//	}
+//
+// Every subdirective may be there once. Without a name the route is named after the
+// server's first address and the directive's place in the server.
+func (h *SNIPassthrough) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive's name
+	if err := addUpstreams(d, &h.Upstreams, pool.ParsePlainAddress); err != nil {
+		return err
 	}
-	return "site"
+	h.Transport, h.KeepAlive, h.Limits = new(PassthroughTransport), new(PassthroughKeepAlive), new(PassthroughLimits)
+	h.KeepAlive.TCPKeepAlive, h.LoadBalancing = new(settings.TCPKeepAlive), new(LoadBalancing)
+	h.HealthChecks = &PassthroughHealthChecks{Active: new(health.ActiveLayer4), Passive: new(Failures)}
+	words := h.words()
+	err := subdirective.Each(d, nil, func(name string) (bool, error) {
+		if word, ok := words[name]; ok {
+			return true, subdirective.One(d, word)
+		}
+		return h.parseOther(d, name)
+	})
+	if err != nil {
+		return err
+	}
+	if len(h.Upstreams) == 0 {
+		return d.Err("sni_passthrough needs at least one upstream")
+	}
+	c := h.HealthChecks
+	c.Active, c.Passive = subdirective.NilIfZero(c.Active), subdirective.NilIfZero(c.Passive)
+	h.KeepAlive.TCPKeepAlive = subdirective.NilIfZero(h.KeepAlive.TCPKeepAlive)
+	h.HealthChecks, h.LoadBalancing = subdirective.NilIfZero(c), subdirective.NilIfZero(h.LoadBalancing)
+	h.Transport, h.KeepAlive, h.Limits = subdirective.NilIfZero(h.Transport), subdirective.NilIfZero(h.KeepAlive), subdirective.NilIfZero(h.Limits)
+	if err := h.check(); err != nil {
+		return d.WrapErr(err)
+	}
+	return nil
+}
+
+// words are the subdirectives of one argument.
+func (h *SNIPassthrough) words() map[string]subdirective.Argument {
+	active := h.HealthChecks.Active
+	return subdirective.Join(
+		poolWords(h.LoadBalancing, &active.Schedule, h.HealthChecks.Passive),
+		h.Transport.Words(), h.KeepAlive.Words(), h.Limits.Words(),
+		map[string]subdirective.Argument{
+			"name":        subdirective.Word{To: &h.Name},
+			"health_port": subdirective.Number{To: &active.Port},
+		})
+}
+
+// parseOther takes the subdirectives of no, several or special arguments.
+func (h *SNIPassthrough) parseOther(d *caddyfile.Dispenser, name string) (known bool, err error) {
+	active := h.HealthChecks.Active
+	switch name {
+	case "to":
+		err = parseTo(d, &h.Upstreams, pool.ParsePlainAddress)
+	case "lb_policy":
+		h.LoadBalancing.SelectionPolicyRaw, err = selection.ParseCaddyfile(d)
+	case "health_tcp":
+		err = subdirective.Flag(d, &active.TCP)
+	case "health_tls":
+		active.TLS = new(health.TLSCheck)
+		err = subdirective.Some(d, 0, subdirective.Word{To: &active.TLS.ServerName})
+	case "close_if_unhealthy":
+		err = subdirective.Flag(d, &h.HealthChecks.CloseIfUnhealthy)
+	case "tcp_keepalive":
+		k := h.KeepAlive.TCPKeepAlive
+		err = subdirective.Some(d, 1,
+			subdirective.Duration{To: &k.Idle, Off: true}, subdirective.Duration{To: &k.Interval}, subdirective.Number{To: &k.Count})
+	case "log":
+		err = subdirective.Flag(d, &h.Log)
+	default:
+		if slices.Contains(webSocketOnly, name) || strings.HasPrefix(name, "tls") {
+			err = d.Errf("%s: sni_passthrough passes on what it cannot read: it sees no HTTP and no WebSocket frames, and ends no TLS", name)
+		}
+		return err != nil, err
+	}
+	return true, err
+}
+
+// webSocketOnly are subdirectives of websocket_proxy that a passthrough has no use for,
+// beside those about TLS.
+var webSocketOnly = []string{
+	"allowed_origins", "client_max_message_size", "compression", "default_origin", "drain_window", "dynamic",
+	"first_data_timeout", "handshake_timeout", "header_down", "header_up", "health_http", "health_ws", "idle_timeout",
+	"migrate_on_unhealthy", "ping_interval", "ping_timeout", "replay", "replay_buffer", "replay_overflow",
+	"resume_concurrency", "resume_interval", "resume_limit", "resume_on", "resume_timeout", "server_max_message_size",
+	"unhealthy_latency", "write_timeout",
+}
+
+// poolWords are the subdirectives of one argument that are about pools.
+func poolWords(b *LoadBalancing, s *health.Schedule, f *Failures) map[string]subdirective.Argument {
+	return map[string]subdirective.Argument{
+		"lb_retries":      subdirective.Number{To: &b.Retries},
+		"lb_try_duration": subdirective.Duration{To: &b.TryDuration},
+		"lb_try_interval": subdirective.Duration{To: &b.TryInterval},
+		"health_interval": subdirective.Duration{To: &s.Interval},
+		"health_timeout":  subdirective.Duration{To: &s.Timeout},
+		"health_fails":    subdirective.Number{To: &s.Fails},
+		"health_passes":   subdirective.Number{To: &s.Passes},
+		"fail_duration":   subdirective.Duration{To: &f.FailDuration},
+		"max_fails":       subdirective.Number{To: &f.MaxFails},
+	}
+}
+
+// parseTo takes upstreams, at least one.
+func parseTo(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
+	if d.CountRemainingArgs() == 0 {
+		return d.Errf("%s: missing argument", d.Val())
+	}
+	return addUpstreams(d, to, parse)
+}
+
+// addUpstreams takes the upstreams that are left on the line.
+func addUpstreams(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
+	for _, addr := range d.RemainingArgs() {
+		if _, err := parse(addr); err != nil {
+			return d.WrapErr(err)
+		}
+		*to = append(*to, &Upstream{Dial: addr})
+	}
+	return nil
 }
 
 // UnmarshalCaddyfile sets the app up from Caddyfile tokens. Syntax:
@@ -340,7 +395,7 @@ func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return true, subdirective.One(d, word)
 		}
 		if name == "max_connections_per_ip" {
-			return true, a.parsePerIP(d)
+			return true, subdirective.Some(d, 1, subdirective.Number{To: &a.MaxConnectionsPerIP}, subdirective.Number{To: &a.IPv6Prefix})
 		}
 		return false, nil
 	})
@@ -350,20 +405,6 @@ func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	return err
-}
-
-// parsePerIP takes the limit and, if it is given, the length of the prefix that
-// counts as one IPv6 client.
-func (a *ConnectionRegistry) parsePerIP(d *caddyfile.Dispenser) error {
-	name, args := d.Val(), d.RemainingArgs()
-	for i, to := range []**int{&a.MaxConnectionsPerIP, &a.IPv6Prefix} {
-		if i < len(args) {
-			if err := (subdirective.Number{To: to}).Parse(args[i]); err != nil {
-				return d.Errf("%s: %w", name, err)
-			}
-		}
-	}
-	return subdirective.Count(d, name, args, 1, 2)
 }
 
 // parseRegistryOption is the global option.
@@ -381,5 +422,6 @@ func parseRegistryOption(d *caddyfile.Dispenser, existing any) (any, error) {
 // Interface guards
 var (
 	_ caddyfile.Unmarshaler = (*WebSocketProxy)(nil)
+	_ caddyfile.Unmarshaler = (*SNIPassthrough)(nil)
 	_ caddyfile.Unmarshaler = (*ConnectionRegistry)(nil)
 )

@@ -62,6 +62,7 @@ func TestAdaptGood(t *testing.T) {
 var blocks = map[string]string{
 	"bad":                 "%s",
 	"websocket_proxy":     "example.com {\nwebsocket_proxy app:8080 {\n%s\n}\n}\n",
+	"sni_passthrough":     "{\nlayer4 {\n:443 {\nroute {\nsni_passthrough app:8080 {\n%s\n}\n}\n}\n}\n}\n",
 	"connection_registry": "{\nconnection_registry {\n%s\n}\n}\nexample.com {\nrespond ok\n}\n",
 }
 
@@ -172,6 +173,53 @@ var subdirectives = map[string]map[string]syntax{
 		"header_down":    {valid: "A b c", least: 1, most: 3, repeatable: true},
 		"default_origin": one("https://example.com"),
 	},
+	"sni_passthrough": {
+		"name":                     one("chat"),
+		"to":                       {valid: "other:8080", least: 1, most: many},
+		"upstream_max_connections": one("5"),
+
+		"lb_policy":       {valid: "first", least: 1, most: many, block: true},
+		"lb_retries":      one("5"),
+		"lb_try_duration": one("5s"),
+		"lb_try_interval": one("1s"),
+
+		"dial_timeout":   one("1s"),
+		"proxy_protocol": one("v2"),
+
+		"health_interval":    one("1s"),
+		"health_timeout":     one("1s"),
+		"health_fails":       one("5"),
+		"health_passes":      one("5"),
+		"health_port":        one("443"),
+		"health_tcp":         {},
+		"health_tls":         {valid: "app", most: 1},
+		"fail_duration":      one("1s"),
+		"max_fails":          one("5"),
+		"close_if_unhealthy": {},
+
+		"keep_alive_treatment":  one("standard"),
+		"inactivity_timeout":    one("1s"),
+		"inactivity_multiplier": one("2"),
+		"inactivity_grace":      one("1s"),
+		"max_lifetime":          one("1s"),
+		"half_open_timeout":     one("1s"),
+		"stuck_timeout":         one("1s"),
+		"tcp_keepalive":         {valid: "1s 1s 1", least: 1, most: 3},
+		"tcp_user_timeout":      one("1s"),
+
+		"max_connections":        one("5"),
+		"max_connections_per_ip": one("5"),
+		"log":                    {},
+	},
+}
+
+// What only makes sense for WebSockets is refused on a passthrough, and the error says why.
+func TestWebSocketSettingsOnPassthrough(t *testing.T) {
+	for name, s := range subdirectives["websocket_proxy"] {
+		if _, both := subdirectives["sni_passthrough"][name]; !both {
+			wantError(t, load(t, fmt.Sprintf(blocks["sni_passthrough"], name+" "+s.valid)), name+": ", "sees no HTTP and no WebSocket frames")
+		}
+	}
 }
 
 // What is missing, empty, too much or there twice is refused for every

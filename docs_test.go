@@ -20,6 +20,7 @@ func TestEveryFieldIsDocumentedAndAdapted(t *testing.T) {
 		Apps struct {
 			Registry map[string]any `json:"connection_registry"`
 			HTTP     any            `json:"http"`
+			Layer4   any            `json:"layer4"`
 		} `json:"apps"`
 	}
 	if err := json.Unmarshal([]byte(fixture), &config); err != nil {
@@ -30,6 +31,7 @@ func TestEveryFieldIsDocumentedAndAdapted(t *testing.T) {
 		adapted map[string]bool
 	}{
 		"handler":  {reflect.TypeFor[holdfast.WebSocketProxy](), handlers(config.Apps.HTTP)},
+		"tunnel":   {reflect.TypeFor[holdfast.SNIPassthrough](), handlers(config.Apps.Layer4)},
 		"registry": {reflect.TypeFor[holdfast.ConnectionRegistry](), paths(config.Apps.Registry)},
 	} {
 		for _, path := range fields(c.of, "") {
@@ -142,7 +144,7 @@ func handlers(v any) map[string]bool {
 	}
 	switch v := v.(type) {
 	case map[string]any:
-		if v["handler"] == "websocket_proxy" {
+		if v["handler"] == "websocket_proxy" || v["handler"] == "sni_passthrough" {
 			return paths(v)
 		}
 		for _, below := range v {

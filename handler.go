@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 
 	"go.uber.org/zap"
 
@@ -83,7 +82,7 @@ type WebSocketProxy struct {
 
 	logger     *zap.Logger
 	name       string
-	config     *routeConfig
+	config     *webSocketConfig
 	generation *generation
 	mode       deflate.Mode
 	origins    handshake.Origins
@@ -118,13 +117,16 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 		return err
 	}
 	t, r, l := settings.ValueOr(h.Transport, Transport{}), settings.ValueOr(h.Resume, Resume{}), settings.ValueOr(h.Limits, Limits{})
-	c := &routeConfig{
-		json:             string(config),
-		limits:           registry.Limits{Connections: l.MaxConnections, PerIP: l.MaxConnectionsPerIP},
+	c := &webSocketConfig{
+		routeCommon: routeCommon{
+			kind:   registry.WebSocket,
+			json:   string(config),
+			limits: registry.Limits{Connections: l.MaxConnections, PerIP: l.MaxConnectionsPerIP},
+			logger: h.logger,
+		},
 		dialTimeout:      settings.DurationOr(t.DialTimeout, settings.DialTimeout),
 		handshakeTimeout: settings.DurationOr(t.HandshakeTimeout, settings.HandshakeTimeout),
 		concurrency:      settings.ValueOr(r.Concurrency, settings.ResumeConcurrency),
-		logger:           h.logger,
 	}
 	if c.settings, err = h.live().Session(); err != nil {
 		return err
@@ -146,32 +148,21 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 		}
 		upstreams.source = source.(reverseproxy.UpstreamSource)
 	}
-	if c.pool, err = upstreams.provision(ctx, c.left); err != nil {
+	if c.pool, err = upstreams.provision(ctx, whenLeft(c)); err != nil {
 		return err
 	}
-	return h.declare(ctx, c)
-}
-
-// declare makes the config that of the route.
-func (h *WebSocketProxy) declare(ctx caddy.Context, c *routeConfig) error {
-	app, err := ctx.App("connection_registry")
-	if err != nil {
-		return err
+	server := "websocket_proxy"
+	if srv, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+		server = srv.Name()
 	}
-	reg := app.(*ConnectionRegistry)
-	h.generation = reg.generation
-	by := reg.nextHandler(ctx)
-	if h.name = h.Name; h.name == "" {
-		h.name = by
-	}
-	h.config, err = h.generation.declare(h.name, by, c)
+	h.config, h.name, h.generation, err = declare(ctx, server, h.Name, c)
 	return err
 }
 
 // check refuses settings that mean nothing; the error names the subdirective.
 func (h *WebSocketProxy) check() error {
-	if strings.Contains(h.Name, "{") {
-		return fmt.Errorf("name: placeholders mean nothing here: %q", h.Name)
+	if err := checkName(h.Name); err != nil {
+		return err
 	}
 	if _, err := deflate.ParseMode(h.Compression); err != nil {
 		return fmt.Errorf("compression: %w", err)
@@ -185,25 +176,29 @@ func (h *WebSocketProxy) check() error {
 	if err := h.live().Check(h.Transport); err != nil {
 		return err
 	}
-	return h.pool().check()
+	s := h.pool()
+	if err := s.check(); err != nil {
+		return err
+	}
+	if s.leaveUnhealthy && s.active == nil && settings.DurationOr(s.passive.FailDuration, 0) == 0 {
+		return errors.New("migrate_on_unhealthy needs health checks")
+	}
+	return nil
 }
 
 // pool is what the handler says about its upstreams.
 func (h *WebSocketProxy) pool() *poolSettings {
-	return &poolSettings{
-		upstreams: h.Upstreams, dynamic: h.DynamicUpstreamsRaw, balancing: h.LoadBalancing, checks: h.HealthChecks,
-		transport: h.Transport, maxConnections: settings.ValueOr(h.Limits, Limits{}).PerUpstream,
+	t, c := settings.ValueOr(h.Transport, Transport{}), settings.ValueOr(h.HealthChecks, HealthChecks{})
+	s := &poolSettings{
+		upstreams: h.Upstreams, parse: pool.ParseAddress, dynamic: h.DynamicUpstreamsRaw, balancing: h.LoadBalancing,
+		passive: settings.ValueOr(c.Passive, PassiveHealthChecks{}), leaveUnhealthy: c.Migrate,
+		dialTimeout: settings.DurationOr(t.DialTimeout, settings.DialTimeout), tls: t.TLS, proxyProtocol: t.ProxyProtocol,
+		maxConnections: settings.ValueOr(h.Limits, Limits{}).PerUpstream,
 	}
-}
-
-// nextHandler names a handler by its server and its place there.
-func (a *ConnectionRegistry) nextHandler(ctx caddy.Context) string {
-	server := "websocket_proxy"
-	if srv, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server = srv.Name()
+	if c.Active != nil { // a nil in an interface would be something
+		s.active = c.Active
 	}
-	a.ordinals[server]++
-	return fmt.Sprintf("%s#%d", server, a.ordinals[server])
+	return s
 }
 
 // ServeHTTP proxies r if it asks for a WebSocket. It returns as soon as the
@@ -212,7 +207,7 @@ func (h *WebSocketProxy) ServeHTTP(w http.ResponseWriter, r *http.Request, next 
 	if !handshake.IsUpgrade(r) {
 		return next.ServeHTTP(w, r)
 	}
-	route := live.route(h.generation, h.name)
+	route := live.route(h.generation, registry.WebSocket, h.name)
 	if route == nil {
 		return h.unavailable(w, registry.ErrRouteGone)
 	}

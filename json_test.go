@@ -148,6 +148,51 @@ func TestJSONErrors(t *testing.T) {
 	}
 }
 
+// A passthrough's settings are refused likewise.
+func TestPassthroughJSONErrors(t *testing.T) {
+	for fields, want := range map[string]string{
+		``:                                     "no upstreams",
+		`"upstreams":[{}]`:                     `upstream "": want an address`,
+		`"upstreams":[{"dial":"https://app"}]`: `upstream "https://app": want host:port`,
+		raw + `"load_balancing":{"selection_policy":{"policy":"cookie"}}`: `lb_policy "cookie" cannot be used here`,
+		raw + `"health_checks":{"active":{}}`:                             "an active health check needs health_tcp or health_tls",
+		raw + `"health_checks":{"close_if_unhealthy":true}`:               "close_if_unhealthy needs health_tcp or health_tls",
+		raw + `"health_checks":{"passive":{"unhealthy_latency":1}}`:       `unknown field "unhealthy_latency"`,
+		raw + `"health_checks":{"migrate_on_unhealthy":true}`:             `unknown field "migrate_on_unhealthy"`,
+		raw + `"transport":{"dial_timeout":0}`:                            "dial_timeout must be positive: 0s",
+		raw + `"transport":{"tls":{}}`:                                    `unknown field "tls"`,
+		raw + `"keep_alive":{"ping_interval":"30s"}`:                      `unknown field "ping_interval"`,
+		raw + `"keep_alive":{"treatment":"eternal"}`:                      `unknown keep_alive_treatment "eternal"`,
+		raw + `"keep_alive":{"tcp_keepalive":{"idle":0,"count":3}}`:       "tcp_keepalive is off, and can have no interval and no count",
+		raw + `"limits":{"max_connections":-1}`:                           "max_connections must be at least 0: -1",
+		raw + `"limits":{"client_max_message_size":1}`:                    `unknown field "client_max_message_size"`,
+		raw + `"replay":{}`:                                               `unknown field "replay"`,
+		raw + `"log":"yes"`:                                               "string into Go struct field SNIPassthrough.log",
+		raw + `"name":"{env.ROUTE}"`:                                      `name: placeholders mean nothing here`,
+	} {
+		t.Run(fields, func(t *testing.T) {
+			wantError(t, provision(t, layer4Server(fields)), want)
+		})
+	}
+}
+
+// A name belongs to one route: a WebSocket's and a passthrough's are two.
+func TestNameOfTwoKinds(t *testing.T) {
+	const named = `"name":"both","upstreams":[{"dial":"app:8080"}]`
+	one, two := server(named), layer4Server(named)
+	both := strings.TrimSuffix(one, "}}") + "," + strings.TrimPrefix(two, `{"apps":{`)
+	wantError(t, provision(t, both), `route name "both" is used by`, "with different settings")
+}
+
+// layer4Server is a config whose only passthrough has these fields.
+func layer4Server(fields string) string {
+	handler := strings.TrimRight(`"handler":"sni_passthrough",`+fields, ",")
+	return `{"apps":{"layer4":{"servers":{"s":{"listen":["127.0.0.1:0"],"routes":[{"handle":[{` + handler + `}]}]}}}}}`
+}
+
+// raw is a passthrough's upstream, before more of its fields.
+const raw = `"upstreams":[{"dial":"app:443"}],`
+
 func TestRegistryJSONErrors(t *testing.T) {
 	for registry, want := range map[string]string{
 		`{"max_connections":-1}`:        "max_connections must be at least 0: -1",

@@ -1,10 +1,12 @@
 package holdfast
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,22 +60,42 @@ type generation struct {
 // declaration is a route as a config declares it.
 type declaration struct {
 	by     string // the first handler that declared it, for error messages
-	config *routeConfig
+	config routeConfig
 	route  *registry.Route // set once the generation is retained
 }
 
-// declare adds a route to the generation and returns its config. Handlers of the
-// same name share a route and its config if they say the same.
-func (g *generation) declare(name, by string, config *routeConfig) (*routeConfig, error) {
+// declare adds the route of a handler on a server to the generation that is being
+// provisioned, and returns its config and its name; without one it is named after
+// the server and the handler's place there. Handlers of the same name share a route
+// and its config if they say the same.
+func declare[C routeConfig](ctx caddy.Context, server, name string, config C) (C, string, *generation, error) {
+	app, err := ctx.App("connection_registry")
+	if err != nil {
+		return config, "", nil, err
+	}
+	reg := app.(*ConnectionRegistry)
+	g := reg.generation
+	reg.ordinals[server]++
+	by := fmt.Sprintf("%s#%d", server, reg.ordinals[server])
+	name = cmp.Or(name, by)
 	d, ok := g.routes[name]
 	if !ok {
 		g.routes[name] = &declaration{by: by, config: config}
-		return config, nil
+		return config, name, g, nil
 	}
-	if d.config.json != config.json {
-		return nil, fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
+	same, ok := d.config.(C)
+	if !ok || d.config.common().json != config.common().json {
+		return config, "", nil, fmt.Errorf("route name %q is used by %s and by %s with different settings", name, d.by, by)
 	}
-	return d.config, nil
+	return same, name, g, nil
+}
+
+// checkName refuses names of routes that would not be what they seem.
+func checkName(name string) error {
+	if strings.Contains(name, "{") {
+		return fmt.Errorf("name: placeholders mean nothing here: %q", name)
+	}
+	return nil
 }
 
 // start puts a generation in force: the settings of its routes count from now
@@ -116,7 +138,7 @@ func (l *lifecycle) stop(g *generation) {
 		return
 	}
 	for name, d := range g.routes {
-		d.config.pool.Stop()
+		d.config.common().pool.Stop()
 		if l.registry.Release(d.route) {
 			continue
 		}
@@ -131,8 +153,8 @@ func (l *lifecycle) stop(g *generation) {
 // route returns the live route of a name, or nil if it is gone. A request may be
 // served before all apps of its config have started, so the first one retains
 // the routes; and after the config has been stopped, when the route is the one
-// of the config that followed.
-func (l *lifecycle) route(g *generation, name string) *registry.Route {
+// of the config that followed, provided that it is of the same kind there.
+func (l *lifecycle) route(g *generation, kind registry.Kind, name string) *registry.Route {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if g.stopped && len(l.started) > 0 {
@@ -140,7 +162,7 @@ func (l *lifecycle) route(g *generation, name string) *registry.Route {
 	}
 	l.retain(g)
 	d := g.routes[name]
-	if d == nil {
+	if d == nil || d.config.common().kind != kind {
 		return nil
 	}
 	return d.route
@@ -180,13 +202,14 @@ func (l *lifecycle) retain(g *generation) {
 		l.registry.SetLimits(g.limits, g.ipv6Prefix)
 	}
 	for name, d := range g.routes {
-		d.route = l.registry.Retain(registry.WebSocket, name)
+		c := d.config.common()
+		d.route = l.registry.Retain(c.kind, name)
 		// The first settings of a new route; a route in force keeps its own
 		// until this generation starts.
 		if d.route.Settings.CompareAndSwap(nil, d.config) {
-			d.route.SetLimits(d.config.limits)
+			d.route.SetLimits(c.limits)
 		}
-		d.config.pool.Start(d.route)
+		c.pool.Start(d.route)
 	}
 }
 
@@ -195,9 +218,10 @@ func (l *lifecycle) apply(g *generation) {
 	l.registry.ReplayMemory.SetLimit(g.replayMemory)
 	l.registry.SetLimits(g.limits, g.ipv6Prefix)
 	for _, d := range g.routes {
-		d.route.SetLimits(d.config.limits)
-		l.registry.KeepAll(d.route)
-		if old, _ := d.route.Settings.Swap(d.config).(*routeConfig); old == nil || old.json != d.config.json {
+		c := d.config.common()
+		d.route.SetLimits(c.limits)
+		l.registry.KeepAll(d.route, d.config.stays)
+		if old, _ := d.route.Settings.Swap(d.config).(routeConfig); old == nil || old.common().json != c.json {
 			l.registry.ReconsiderAll(d.route)
 		}
 	}
@@ -207,11 +231,11 @@ func (l *lifecycle) apply(g *generation) {
 // come back. mu is held.
 func (l *lifecycle) settle(g *generation) {
 	for _, d := range g.routes {
-		// Planned for all before any of them may plan for itself.
-		liveRoute{d.route}.leaveIf(func(upstream string) bool {
-			return !d.config.pool.Has(upstream) || d.config.pool.Leaves(d.route, upstream)
-		})
-		d.config.alone.Store(true)
+		// Planned for all, evenly, before any of them may plan for itself; and for
+		// those that were opened in between.
+		d.config.leave(d.route, true)
+		d.config.common().alone.Store(true)
+		d.config.leave(d.route, true)
 	}
 }
 
@@ -220,32 +244,82 @@ func (l *lifecycle) settle(g *generation) {
 func (l *lifecycle) drain(upstream, route string, drain bool) (conns int, found bool) {
 	routes := l.registry.Drain(upstream, route, drain)
 	for _, r := range routes {
-		if r.Settings.Load() != nil {
-			conns += liveRoute{r}.leave()
+		if c, ok := r.Settings.Load().(routeConfig); ok {
+			conns += c.leave(r, c.common().alone.Load())
 		}
 	}
 	return conns, len(routes) > 0
 }
 
-// routeConfig is what a config says about a route. It is not changed once it is
-// declared.
-type routeConfig struct {
-	json             string // the handler's
-	settings         session.Settings
-	limits           registry.Limits
-	pool             *pool.Pool
-	dialTimeout      time.Duration
-	handshakeTimeout time.Duration
-	concurrency      int
-	logger           *zap.Logger
+// routeConfig is what a config says about a route, of either kind. It is not changed
+// once it is declared.
+type routeConfig interface {
+	registry.Pool
+	common() *routeCommon
+	// leave plans for live connections to leave upstreams that are to be left, which
+	// are those that the config does not have too if it is alone. It returns how many
+	// are to move to others.
+	leave(route *registry.Route, alone bool) int
+	// stays reports whether connections may stay at the upstream with a key.
+	stays(upstream string) bool
+}
+
+// routeCommon is what routes of both kinds have.
+type routeCommon struct {
+	kind   registry.Kind
+	json   string // the handler's
+	limits registry.Limits
+	pool   *pool.Pool
+	logger *zap.Logger
 
 	// alone is set once no older config is in force: only then do connections
 	// leave upstreams that the route has no more.
 	alone atomic.Bool
 }
 
+func (c *routeCommon) common() *routeCommon { return c }
+
+// Upstreams implements registry.Pool.
+func (c *routeCommon) Upstreams() []registry.UpstreamState { return c.pool.Upstreams() }
+
+// whenLeft returns what is called when something has changed for the worse about c's
+// upstreams.
+func whenLeft(c routeConfig) func(*registry.Route) {
+	return func(route *registry.Route) {
+		if route.Settings.Load() == any(c) { // else it does not matter any more
+			c.leave(route, c.common().alone.Load())
+		}
+	}
+}
+
+// webSocketConfig is what a config says about a route of WebSockets.
+type webSocketConfig struct {
+	routeCommon
+	settings         session.Settings
+	dialTimeout      time.Duration
+	handshakeTimeout time.Duration
+	concurrency      int
+}
+
+func (c *webSocketConfig) leave(route *registry.Route, alone bool) int {
+	leaves := func(upstream string) bool { return c.leaves(route, upstream, alone) }
+	n := live.registry.MovePaced(route, leaves, c.settings.DrainWindow)
+	if n > 0 {
+		c.logger.Info("moving connections away from their upstreams",
+			zap.String("route", route.Name()), zap.Int("count", n), zap.Duration("duration", c.settings.DrainWindow))
+	}
+	return n
+}
+
+func (c *webSocketConfig) leaves(route *registry.Route, upstream string, alone bool) bool {
+	return alone && !c.pool.Has(upstream) || c.pool.Leaves(route, upstream)
+}
+
+// stays: a WebSocket moves, and no end is planned for the sake of its upstream.
+func (c *webSocketConfig) stays(string) bool { return true }
+
 // opening returns how to reach the route's upstreams.
-func (c *routeConfig) opening(route *registry.Route, client pool.Client, why pool.Why, last string) opening.Config {
+func (c *webSocketConfig) opening(route *registry.Route, client pool.Client, why pool.Why, last string) opening.Config {
 	return opening.Config{
 		Next:             c.pool.Tries(route, client, why, last).Next,
 		Tried:            func(t *pool.Target, took time.Duration, err error) { c.pool.Tried(route, t, took, err) },
@@ -256,34 +330,10 @@ func (c *routeConfig) opening(route *registry.Route, client pool.Client, why poo
 	}
 }
 
-// Upstreams implements registry.Pool.
-func (c *routeConfig) Upstreams() []registry.UpstreamState { return c.pool.Upstreams() }
-
-// left is called when something has changed for the worse about c's upstreams.
-func (c *routeConfig) left(route *registry.Route) {
-	if route.Settings.Load() == c { // else it does not matter any more
-		liveRoute{route}.leave()
-	}
-}
-
-// liveRoute is a route as its live connections see it: by the newest config.
+// liveRoute is a route as its live WebSockets see it: by the newest config.
 type liveRoute struct{ route *registry.Route }
 
-func (r liveRoute) config() *routeConfig { return r.route.Settings.Load().(*routeConfig) }
-
-// leave plans for connections to move away from upstreams that are to be left, and
-// returns how many.
-func (r liveRoute) leave() int { return r.leaveIf(r.Leaves) }
-
-func (r liveRoute) leaveIf(leaves func(upstream string) bool) int {
-	c := r.config()
-	n := live.registry.MovePaced(r.route, leaves, c.settings.DrainWindow)
-	if n > 0 {
-		c.logger.Info("moving connections away from their upstreams",
-			zap.String("route", r.route.Name()), zap.Int("count", n), zap.Duration("duration", c.settings.DrainWindow))
-	}
-	return n
-}
+func (r liveRoute) config() *webSocketConfig { return r.route.Settings.Load().(*webSocketConfig) }
 
 // Settings implements opening.Pool.
 func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
@@ -291,7 +341,7 @@ func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
 // Leaves implements opening.Pool.
 func (r liveRoute) Leaves(upstream string) bool {
 	c := r.config()
-	return c.alone.Load() && !c.pool.Has(upstream) || c.pool.Leaves(r.route, upstream)
+	return c.leaves(r.route, upstream, c.alone.Load())
 }
 
 // Others implements opening.Pool.

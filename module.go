@@ -1,9 +1,9 @@
 // Package holdfast is a Caddy plugin that keeps long-lived client connections
 // alive while everything behind them changes.
 //
-// It is three modules: the HTTP handler websocket_proxy (handler.go), the app
-// connection_registry with its admin API (here), and what the plugin brings for
-// layer 4 (l4passthrough.go). Upstream pools are in pool.go, what outlives a
+// It is three modules: the HTTP handler websocket_proxy (handler.go), the layer4
+// handler sni_passthrough (l4passthrough.go), and the app connection_registry with
+// its admin API (here). Upstream pools are in pool.go, what outlives a
 // config in lifecycle.go, the Caddyfile syntax in caddyfile.go. The mechanisms
 // are packages below internal; docs/architecture.md shows how they fit together.
 package holdfast
@@ -31,6 +31,7 @@ func init() {
 	caddy.RegisterModule(new(ConnectionRegistry))
 	caddy.RegisterModule(new(AdminAPI))
 	caddy.RegisterModule(new(WebSocketProxy))
+	caddy.RegisterModule(new(SNIPassthrough))
 }
 
 // Defaults of the connection registry.

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
-	"net/netip"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,9 +29,9 @@ const (
 
 // Upstream is a backend.
 type Upstream struct {
-	// The address: `host:port`, `host` (port 80, or 443 for wss and https),
-	// `unix//path`, or a URL of the scheme `ws`, `wss`, `http` or `https` without a
-	// path. There may be placeholders in it.
+	// The address: `host:port` or `unix//path`; of a WebSocket backend also `host`
+	// (port 80, or 443 for wss and https), or a URL of the scheme `ws`, `wss`, `http`
+	// or `https` without a path. There may be placeholders in it.
 	Dial string `json:"dial,omitempty"`
 }
 
@@ -78,6 +77,15 @@ type HealthChecks struct {
 // that are held go to such an upstream all the same if there is no other: they have
 // pauses of their own.
 type PassiveHealthChecks struct {
+	Failures
+
+	// A connect with its handshake that takes so long is a failure. Zero: none is.
+	// Default: `0`.
+	UnhealthyLatency *caddy.Duration `json:"unhealthy_latency,omitempty"`
+}
+
+// Failures say how many of them make an upstream unhealthy.
+type Failures struct {
 	// How long a failure counts. Zero: failures are not counted.
 	// Default: `0`.
 	FailDuration *caddy.Duration `json:"fail_duration,omitempty"`
@@ -85,10 +93,6 @@ type PassiveHealthChecks struct {
 	// So many failures that count make an upstream unhealthy. At least 1.
 	// Default: `1`.
 	MaxFails *int `json:"max_fails,omitempty"`
-
-	// A connect with its handshake that takes so long is a failure. Zero: none is.
-	// Default: `0`.
-	UnhealthyLatency *caddy.Duration `json:"unhealthy_latency,omitempty"`
 }
 
 // poolSettings is what a handler says about its upstreams.
@@ -97,9 +101,22 @@ type poolSettings struct {
 	dynamic        json.RawMessage
 	source         reverseproxy.UpstreamSource // loaded from dynamic; nil: none
 	balancing      *LoadBalancing
-	checks         *HealthChecks
-	transport      *settings.Transport
+	active         activeChecks // nil: none
+	passive        PassiveHealthChecks
+	leaveUnhealthy bool          // live connections leave unhealthy upstreams
+	dialTimeout    time.Duration // of one connect
+	tls            *reverseproxy.TLSConfig
+	proxyProtocol  string
 	maxConnections *int // of each upstream
+	parse          func(address string) (pool.Address, error)
+}
+
+// activeChecks are the active health checks of either handler.
+type activeChecks interface {
+	Check() error
+	Compile() (health.Probe, error)
+	Spec() health.Spec
+	Checked() any
 }
 
 // check refuses settings that mean nothing; the error names the subdirective.
@@ -112,7 +129,7 @@ func (s *poolSettings) check() error {
 	}
 	seen := make(map[string]bool)
 	for _, u := range s.upstreams {
-		a, err := pool.ParseAddress(settings.ValueOr(u, Upstream{}).Dial) // a null in JSON
+		a, err := s.parse(settings.ValueOr(u, Upstream{}).Dial) // a null in JSON
 		if err != nil {
 			return err
 		}
@@ -126,15 +143,12 @@ func (s *poolSettings) check() error {
 		}
 		seen[u.Dial] = true
 	}
-	b := settings.ValueOr(s.balancing, LoadBalancing{})
-	c := settings.ValueOr(s.checks, HealthChecks{})
-	p := settings.ValueOr(c.Passive, PassiveHealthChecks{})
-	t := settings.ValueOr(s.transport, Transport{})
-	if err := transport.Check(t.TLS, t.ProxyProtocol); err != nil {
+	b, p := settings.ValueOr(s.balancing, LoadBalancing{}), s.passive
+	if err := transport.Check(s.tls, s.proxyProtocol); err != nil {
 		return err
 	}
-	if c.Active != nil {
-		if err := c.Active.Check(); err != nil {
+	if s.active != nil {
+		if err := s.active.Check(); err != nil {
 			return err
 		}
 	}
@@ -154,8 +168,6 @@ func (s *poolSettings) check() error {
 		return fmt.Errorf("max_fails needs a fail_duration")
 	case !counts && p.UnhealthyLatency != nil && *p.UnhealthyLatency > 0:
 		return fmt.Errorf("unhealthy_latency needs a fail_duration")
-	case !counts && c.Active == nil && c.Migrate:
-		return fmt.Errorf("migrate_on_unhealthy needs health checks")
 	}
 	return nil
 }
@@ -206,9 +218,7 @@ func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) 
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	b := settings.ValueOr(s.balancing, LoadBalancing{})
-	c := settings.ValueOr(s.checks, HealthChecks{})
-	p := settings.ValueOr(c.Passive, PassiveHealthChecks{})
+	b, p := settings.ValueOr(s.balancing, LoadBalancing{}), s.passive
 	logger := ctx.Logger()
 	if !selection.CanShowState() {
 		logger.Warn("this version of Caddy hides how upstreams are counted; policies other than least_conn and random_choose count no connections")
@@ -234,7 +244,7 @@ func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) 
 		FailDuration:     settings.DurationOr(p.FailDuration, 0),
 		MaxFails:         settings.ValueOr(p.MaxFails, defaultMaxFails),
 		UnhealthyLatency: settings.DurationOr(p.UnhealthyLatency, 0),
-		LeaveUnhealthy:   c.Migrate,
+		LeaveUnhealthy:   s.leaveUnhealthy,
 		Retries:          b.Retries,
 		TryDuration:      settings.DurationOr(b.TryDuration, 0),
 		TryInterval:      settings.DurationOr(b.TryInterval, defaultTryInterval),
@@ -248,55 +258,53 @@ func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) 
 		},
 	}
 	for _, u := range s.upstreams {
-		a, err := pool.ParseAddress(u.Dial)
+		a, err := s.parse(u.Dial)
 		if err != nil {
 			return nil, err
 		}
 		config.Upstreams = append(config.Upstreams, a)
 	}
-	if c.Active != nil {
-		if config.Checks, err = s.activeChecks(c.Active, logger); err != nil {
+	if s.active != nil {
+		if config.Checks, err = s.sharedChecks(logger); err != nil {
 			return nil, err
 		}
 	}
 	return pool.New(config), nil
 }
 
-// activeChecks are shared by all configs that have the same ones: of the same
+// sharedChecks are shared by all configs that have the same ones: of the same
 // upstream, with the same connection settings.
-func (s *poolSettings) activeChecks(a *health.Active, logger *zap.Logger) (*pool.Checks, error) {
-	probe, err := a.Compile()
+func (s *poolSettings) sharedChecks(logger *zap.Logger) (*pool.Checks, error) {
+	probe, err := s.active.Compile()
 	if err != nil {
 		return nil, err
 	}
-	t := settings.ValueOr(s.transport, settings.Transport{})
-	key, err := json.Marshal([]any{a.WS, a.HTTP, t.TLS, t.ProxyProtocol}) // not how often
+	key, err := json.Marshal([]any{s.active.Checked(), s.tls, s.proxyProtocol}) // not how often
 	if err != nil {
 		return nil, err
 	}
-	spec := a.Spec()
+	spec := s.active.Spec()
 	spec.Logger = logger
 	return &pool.Checks{Checkers: live.checkers, Key: string(key), Spec: spec, Probe: probe}, nil
 }
 
 // connect returns how the pool's upstreams are dialed.
 func (s *poolSettings) connect(ctx caddy.Context) (pool.Connect, error) {
-	t := settings.ValueOr(s.transport, settings.Transport{})
-	timeout := settings.DurationOr(t.DialTimeout, settings.DialTimeout)
-	d, err := transport.New(ctx, timeout, t.TLS, t.ProxyProtocol)
+	d, err := transport.New(ctx, s.dialTimeout, s.tls, s.proxyProtocol)
 	if err != nil {
 		return nil, err
 	}
+	secure := s.tls != nil
 	for _, u := range s.upstreams {
-		if a, err := pool.ParseAddress(u.Dial); err == nil && a.Plain && t.TLS != nil {
+		if a, err := s.parse(u.Dial); err == nil && a.Plain && secure {
 			return nil, fmt.Errorf("upstream %q: its scheme is without TLS, but there are TLS settings", u.Dial)
 		}
 	}
-	return func(ctx context.Context, to pool.Address, port string, client netip.AddrPort, replace func(string) string) (net.Conn, error) {
+	return func(ctx context.Context, to pool.Address, port string, client *pool.Client) (net.Conn, error) {
 		to = to.WithPort(port)
 		return d.Dial(ctx, transport.Request{
-			Network: to.Network(), Address: to.Dial(), TLS: to.Secure || t.TLS != nil && !to.Plain,
-			Client: client, Replace: replace,
+			Network: to.Network(), Address: to.Dial(), TLS: to.Secure || secure && !to.Plain,
+			Client: client.Addr, TLVs: client.TLVs, Replace: client.Replace,
 		})
 	}, nil
 }

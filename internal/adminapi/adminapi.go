@@ -195,7 +195,7 @@ func query(r *http.Request, known ...string) (map[string]string, error) {
 func filter(q map[string]string) (f registry.Filter, err error) {
 	f.Route, f.Upstream, f.Client = q["route"], q["upstream"], q["client"]
 	if v, ok := q["kind"]; ok {
-		if f.Kind = registry.Kind(v); f.Kind != registry.WebSocket {
+		if f.Kind = registry.Kind(v); f.Kind != registry.WebSocket && f.Kind != registry.Passthrough {
 			return f, fmt.Errorf("unknown kind %q", v)
 		}
 	}

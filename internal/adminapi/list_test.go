@@ -58,6 +58,7 @@ func TestListFilters(t *testing.T) {
 	}{
 		{"", all},
 		{values("kind", "websocket"), all},
+		{values("kind", "passthrough"), nil},
 		{values("route", "a"), []*registry.Conn{a, c}},
 		{values("route", "route with space & more"), []*registry.Conn{b}},
 		{values("upstream", "unix//run/app.sock"), []*registry.Conn{b}},

@@ -257,7 +257,7 @@ func ownGoroutines() string {
 	buf = buf[:runtime.Stack(buf, true)]
 	var own []string
 	for g := range strings.SplitSeq(string(buf), "\n\n") {
-		for _, pkg := range []string{"session", "opening", "registry", "pool", "health"} {
+		for _, pkg := range []string{"session", "tunnel", "opening", "registry", "pool", "health"} {
 			if strings.Contains(g, "caddy-holdfast/internal/"+pkg+".") {
 				own = append(own, g)
 				break

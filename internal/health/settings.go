@@ -170,6 +170,9 @@ func (s *Schedule) Spec() Spec {
 	}
 }
 
+// Checked is what is checked, in which schedules do not differ.
+func (a *Active) Checked() any { return []any{a.WS, a.HTTP} }
+
 // Check refuses settings that mean nothing; the error names the subdirective.
 func (a *Active) Check() error {
 	_, err := a.Compile()
@@ -201,6 +204,9 @@ func (a *Active) Compile() (Probe, error) {
 	}
 	return all(probes), nil
 }
+
+// Checked is what is checked, in which schedules do not differ.
+func (a *ActiveLayer4) Checked() any { return []any{a.Port, a.TCP, a.TLS} }
 
 // Check refuses settings that mean nothing; the error names the subdirective.
 func (a *ActiveLayer4) Check() error {

@@ -29,6 +29,7 @@ type Address struct {
 	host    string // or path; with placeholders, all that follows the scheme
 	port    string
 	varies  bool // there are placeholders in it
+	plain   bool // it says all: there is no port by default
 }
 
 // schemes are what a URL may begin with, and whether that means TLS.
@@ -83,11 +84,33 @@ func ParseAddress(name string) (Address, error) {
 	return a, nil
 }
 
+// ParsePlainAddress reads the address of an upstream that gets bytes as they come:
+// `host:port` or `unix//path`. Placeholders are resolved by Expand.
+func ParsePlainAddress(name string) (Address, error) {
+	fail := func(err error) (Address, error) { return Address{}, fmt.Errorf("upstream %q: %w", name, err) }
+	if scheme, _, ok := strings.Cut(name, "://"); ok && !strings.ContainsAny(scheme, "{/") {
+		return fail(errors.New("want host:port: bytes are passed as they come, and a URL has no say in that"))
+	}
+	a, err := ParseAddress(name)
+	if err != nil {
+		return Address{}, err
+	}
+	if a.plain = true; !a.varies {
+		if err := a.parse(name); err != nil {
+			return fail(err)
+		}
+	}
+	return a, nil
+}
+
 // parse reads what follows the scheme.
 func (a *Address) parse(rest string) error {
 	port := uint(80)
-	if a.Secure {
+	switch {
+	case a.Secure:
 		port = 443
+	case a.plain:
+		port = 0
 	}
 	na, err := caddy.ParseNetworkAddressWithDefaults(rest, "tcp", port)
 	switch {
@@ -104,6 +127,8 @@ func (a *Address) parse(rest string) error {
 		return nil
 	case na.Host == "":
 		return errors.New("no host")
+	case na.StartPort == 0 && a.plain:
+		return errors.New("want host:port")
 	case na.StartPort == 0:
 		return errors.New("port 0")
 	}

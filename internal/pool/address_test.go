@@ -228,3 +228,32 @@ func FuzzParseAddress(f *testing.F) {
 		}
 	})
 }
+
+// An upstream that gets bytes as they come has a host and a port, or a path, and no
+// scheme that would say what the bytes are.
+func TestPlainAddresses(t *testing.T) {
+	for name, want := range map[string]string{
+		"app:443":                    "tcp app:443",
+		"tcp4/10.0.0.1:443":          "tcp4 10.0.0.1:443",
+		"[2001:db8::1]:443":          "tcp [2001:db8::1]:443",
+		"unix//run/app.sock":         "unix /run/app.sock",
+		"{l4.tls.server_name}:443":   "tcp some.test:443",
+		"{l4.tls.server_name}":       `upstream "{l4.tls.server_name}": address "some.test": want host:port`,
+		"tcp/{l4.tls.server_name}:1": "tcp some.test:1",
+		"app":                        `upstream "app": want host:port`,
+		"https://app:443":            `upstream "https://app:443": want host:port: bytes are passed as they come, and a URL has no say in that`,
+		"":                           `upstream "": want an address`,
+	} {
+		a, err := ParsePlainAddress(name)
+		if err == nil {
+			a, err = a.Expand(func(s string) string { return strings.ReplaceAll(s, "{l4.tls.server_name}", "some.test") })
+		}
+		got := a.Network() + " " + a.Dial()
+		if err != nil {
+			got = err.Error()
+		}
+		if got != want {
+			t.Errorf("%q: got %s, want %s", name, got, want)
+		}
+	}
+}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,8 +21,8 @@ import (
 )
 
 // Connect dials an address for a client, on port instead of its own unless that is
-// "". The zero client stands for the proxy itself.
-type Connect func(ctx context.Context, to Address, port string, client netip.AddrPort, replace func(string) string) (net.Conn, error)
+// "". A client without an address stands for the proxy itself.
+type Connect func(ctx context.Context, to Address, port string, client *Client) (net.Conn, error)
 
 // Checks are a pool's active health checks.
 type Checks struct {
@@ -174,7 +173,7 @@ func (p *Pool) check(u *upstream) *health.Watch {
 	spec.Upstream = u.addr.Name
 	target := health.Target{
 		Dial: func(ctx context.Context, port string) (net.Conn, error) {
-			return p.Connect(ctx, u.addr, port, netip.AddrPort{}, withoutRequest)
+			return p.Connect(ctx, u.addr, port, &Client{Replace: withoutRequest})
 		},
 		Host: u.addr.Dial(),
 	}
@@ -234,6 +233,12 @@ func (p *Pool) Leaves(route *registry.Route, key string) (leaves bool) {
 	if leaves || !p.LeaveUnhealthy {
 		return leaves
 	}
+	return p.Unhealthy(key)
+}
+
+// Unhealthy reports whether active health checks speak against the upstream with a
+// key.
+func (p *Pool) Unhealthy(key string) bool {
 	return slices.ContainsFunc(p.all(), func(u *upstream) bool { return u.key == key && !u.healthy() })
 }
 

@@ -257,9 +257,9 @@ type dial struct {
 }
 
 // connect is a Connect.
-func (n *network) connect(ctx context.Context, to Address, port string, client netip.AddrPort, _ func(string) string) (net.Conn, error) {
+func (n *network) connect(ctx context.Context, to Address, port string, client *Client) (net.Conn, error) {
 	n.mu.Lock()
-	n.dials = append(n.dials, dial{to, port, client})
+	n.dials = append(n.dials, dial{to, port, client.Addr})
 	down, hanging := n.down[to.Dial()], n.hanging
 	n.mu.Unlock()
 	switch {

@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pires/go-proxyproto"
+
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
 )
@@ -20,6 +22,8 @@ type Client struct {
 	// what selection.Prepare gives it.
 	Request *http.Request
 	Addr    netip.AddrPort
+	// TLVs go into a header of the PROXY protocol.
+	TLVs []proxyproto.TLV
 	// Replace resolves placeholders.
 	Replace func(string) string
 	// Addresses are the addresses that placeholders made when the connection was
@@ -152,7 +156,7 @@ func (t *Tries) choose() *Target {
 		if chosen.err != nil {
 			return nil, chosen.err
 		}
-		return t.pool.Connect(ctx, chosen.addr, "", t.client.Addr, t.client.Replace)
+		return t.pool.Connect(ctx, chosen.addr, "", &t.client)
 	}}
 }
 

@@ -137,7 +137,7 @@ func TestKeepAllLiftsWhatIsPlanned(t *testing.T) {
 		r.EndPaced(other, 10*time.Second, Ending{Reason: Orphan})
 		time.Sleep(5*time.Second + time.Millisecond)
 		synctest.Wait()
-		r.KeepAll(route)
+		r.KeepAll(route, func(string) bool { return true })
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		kept := 0
@@ -148,7 +148,7 @@ func TestKeepAllLiftsWhatIsPlanned(t *testing.T) {
 					t.Error("got an end planned after KeepAll, want none")
 				}
 				_, _, before := s.counts()
-				r.KeepAll(route)
+				r.KeepAll(route, func(string) bool { return true })
 				if _, _, after := s.counts(); after != before {
 					t.Error("got a session told of a change when nothing was planned")
 				}
@@ -160,6 +160,51 @@ func TestKeepAllLiftsWhatIsPlanned(t *testing.T) {
 		}
 		if elsewhere.c.State() != Closed {
 			t.Error("got a connection of another route kept")
+		}
+	})
+}
+
+// Connections of upstreams that are to be left end, for the reason given; a plan is not put
+// off, nor lifted unless the upstream has recovered or, by KeepAll, has come back.
+func TestEndLeaving(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := New()
+		route := r.Retain(Passthrough, "a")
+		gone, sick, fine := newSession(t, r, route), newSession(t, r, route), newSession(t, r, route)
+		sick.c.Attempt(choose(route, "sick:80"), "sick:80", time.Time{})
+		fine.c.Attempt(choose(route, "fine:80"), "fine:80", time.Time{})
+		leaves := func(upstream string) Reason {
+			return map[string]Reason{"app:80": Orphan, "sick:80": Unhealthy}[upstream]
+		}
+		if n := r.EndLeaving(route, leaves, time.Minute); n != 2 {
+			t.Errorf("got %d to end, want 2", n)
+		}
+		due, why := gone.c.PlannedEnd()
+		_, sickWhy := sick.c.PlannedEnd()
+		if at, _ := fine.c.PlannedEnd(); why.Reason != Orphan || sickWhy.Reason != Unhealthy || !at.IsZero() {
+			t.Errorf("got ends planned for %q, %q and at %v; want orphan, unhealthy and none", why.Reason, sickWhy.Reason, at)
+		}
+		time.Sleep(time.Second)
+		if n := r.EndLeaving(route, leaves, time.Hour); n != 0 {
+			t.Errorf("got %d more to end, want none", n)
+		}
+		r.KeepAll(route, func(upstream string) bool { return leaves(upstream) == "" })
+		if at, _ := gone.c.PlannedEnd(); at != due {
+			t.Errorf("got the end put off to %v, want it at %v", at, due)
+		}
+		r.EndLeaving(route, func(string) Reason { return "" }, time.Minute)
+		at, _ := gone.c.PlannedEnd()
+		if again, _ := sick.c.PlannedEnd(); at != due || !again.IsZero() {
+			t.Errorf("got ends at %v and %v, want %v and none: that one has recovered", at, again, due)
+		}
+		r.KeepAll(route, func(string) bool { return true })
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		for _, s := range []*session{gone, sick, fine} {
+			if s.c.State() != Open {
+				t.Errorf("got %v, want all open", s.c.State())
+			}
+			finish(s.c, Admin)
 		}
 	})
 }

@@ -21,6 +21,7 @@ type metrics struct {
 	resumesTotal  *prometheus.CounterVec
 	replayedTotal *prometheus.CounterVec
 	movesTotal    *prometheus.CounterVec
+	idleWarnings  *prometheus.CounterVec
 	replayBytes   prometheus.GaugeFunc
 }
 
@@ -67,6 +68,7 @@ func newMetrics(replayBytes func() int64) *metrics {
 		resumesTotal:  counter("resumes_total", "Interruptions that are over, by how: resumed, or the reason of the connection's end.", "route", "result"),
 		replayedTotal: counter("replayed_messages_total", "Messages sent again to another backend, which may be repeats.", "route"),
 		movesTotal:    counter("migrations_total", "Migrations that are over: moved, stayed (no other backend), lost (the old one went first), or the reason of the connection's end.", "route", "result"),
+		idleWarnings:  counter("idle_warnings_total", "Passthrough connections that were warned of before being closed as inactive.", "route"),
 		replayBytes: prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: namespace, Subsystem: subsystem, Name: "replay_bytes",
 			Help: "Memory of all replay buffers together.",
@@ -77,7 +79,7 @@ func newMetrics(replayBytes func() int64) *metrics {
 func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
 		m.active, m.openedTotal, m.closedTotal, m.refusedTotal, m.bytesTotal, m.messagesTotal,
-		m.duration, m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.replayBytes,
+		m.duration, m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.idleWarnings, m.replayBytes,
 	}
 }
 
@@ -100,7 +102,7 @@ func (m *metrics) forget(t *Route) {
 	m.bytesTotal.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
 	for _, c := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
-		m.messagesTotal, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal,
+		m.messagesTotal, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.idleWarnings,
 	} {
 		c.DeletePartialMatch(prometheus.Labels{"route": t.key.name})
 	}
@@ -130,6 +132,8 @@ func (m *metrics) resumed(t *Route, result string) {
 func (m *metrics) migrated(t *Route, result string) {
 	m.movesTotal.WithLabelValues(t.key.name, result).Inc()
 }
+
+func (m *metrics) idleWarned(t *Route) { m.idleWarnings.WithLabelValues(t.key.name).Inc() }
 
 func (m *metrics) replayed(t *Route, messages int) {
 	if messages > 0 {

@@ -206,10 +206,36 @@ func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)
 	}
 }
 
-// KeepAll lifts what EndPaced planned for connections that are still open.
-func (r *Registry) KeepAll(route *Route) {
+// EndLeaving ends the connections of a route that use an upstream which leaves, for
+// the reason that leaves gives, spread like those of EndPaced. Those whose end is
+// planned keep that plan, but for one whose upstream was Unhealthy and is to be
+// left no more. It returns how many were added.
+func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason, window time.Duration) int {
+	var leaving []*Conn
+	why := make(map[*Conn]Ending)
 	for _, c := range r.live(route) {
-		if at, _ := c.PlannedEnd(); !at.IsZero() {
+		var reason Reason
+		if up := c.Upstream(); up != "" {
+			reason = leaves(up)
+		}
+		at, planned := c.PlannedEnd()
+		switch {
+		case reason != "" && at.IsZero():
+			leaving = append(leaving, c)
+			why[c] = Ending{Reason: reason}
+		case reason == "" && !at.IsZero() && planned.Reason == Unhealthy:
+			c.CloseAt(time.Time{}, Ending{})
+		}
+	}
+	paced(leaving, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
+	return len(leaving)
+}
+
+// KeepAll lifts what EndPaced and EndLeaving planned for connections of a route
+// that may stay at their upstream.
+func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
+	for _, c := range r.live(route) {
+		if at, _ := c.PlannedEnd(); !at.IsZero() && stays(c.Upstream()) {
 			c.CloseAt(time.Time{}, Ending{})
 		}
 	}

@@ -60,6 +60,16 @@ func (r *Registry) Release(route *Route) (retained bool) {
 // Name is the route's name.
 func (t *Route) Name() string { return t.key.name }
 
+// IdleWarned counts a connection of which it was logged that it is inactive, and
+// will be closed.
+func (t *Route) IdleWarned() {
+	t.reg.mu.Lock()
+	defer t.reg.mu.Unlock()
+	if t.reg.routes[t.key] == t { // else nobody would delete the series
+		t.reg.metrics.idleWarned(t)
+	}
+}
+
 func (t *Route) count(d Direction, bytes, messages int) {
 	t.bytes[d].Add(float64(bytes))
 	if messages > 0 {

@@ -101,6 +101,8 @@ const (
 	Dead            Reason = "dead"      // keep-alive or user timeout: a peer is not there any more
 	HalfOpenTimeout Reason = "half_open" // half_open_timeout
 	Stuck           Reason = "stuck"     // stuck_timeout
+	Dial            Reason = "dial"      // no upstream could be connected to
+	Unhealthy       Reason = "unhealthy" // close_if_unhealthy
 )
 
 // Ending is the reason for a connection's end and, for Admin, what the client is told.

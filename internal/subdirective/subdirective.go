@@ -4,7 +4,9 @@ package subdirective
 
 import (
 	"fmt"
+	"maps"
 	"math"
+	"reflect"
 	"slices"
 	"strconv"
 
@@ -89,6 +91,18 @@ func (f Number) Parse(arg string) error {
 	return nil
 }
 
+// Factor is a setting that is a number which need not be whole.
+type Factor struct{ To **float64 }
+
+func (f Factor) Parse(arg string) error {
+	parsed, err := strconv.ParseFloat(arg, 64)
+	if err != nil {
+		return fmt.Errorf("invalid factor %q", arg)
+	}
+	*f.To = &parsed
+	return nil
+}
+
 // Word is a setting that is a word.
 type Word struct{ To *string }
 
@@ -108,15 +122,39 @@ func Flag(d *caddyfile.Dispenser, to *bool) error {
 }
 
 // One takes the one argument of a subdirective.
-func One(d *caddyfile.Dispenser, to Argument) error {
+func One(d *caddyfile.Dispenser, to Argument) error { return Some(d, 1, to) }
+
+// Some takes the arguments of a subdirective, of which the first ones must be there.
+func Some(d *caddyfile.Dispenser, least int, to ...Argument) error {
 	name, args := d.Val(), d.RemainingArgs()
-	if err := Count(d, name, args, 1, 1); err != nil {
+	if err := Count(d, name, args, least, len(to)); err != nil {
 		return err
 	}
-	if err := to.Parse(args[0]); err != nil {
-		return d.Errf("%s: %w", name, err)
+	for i, arg := range to {
+		if i < len(args) {
+			if err := arg.Parse(args[i]); err != nil {
+				return d.Errf("%s: %w", name, err)
+			}
+		}
 	}
 	return nil
+}
+
+// Join returns all of several groups' arguments.
+func Join(groups ...map[string]Argument) map[string]Argument {
+	all := make(map[string]Argument)
+	for _, g := range groups {
+		maps.Copy(all, g)
+	}
+	return all
+}
+
+// NilIfZero returns nil for a group of settings in which nothing is set.
+func NilIfZero[T any](group *T) *T {
+	if reflect.ValueOf(group).Elem().IsZero() {
+		return nil
+	}
+	return group
 }
 
 // Count refuses arguments that are missing, or too many.

@@ -336,40 +336,6 @@ var webSocketOnly = []string{
 	"unhealthy_latency", "write_timeout",
 }
 
-// poolWords are the subdirectives of one argument that are about pools.
-func poolWords(b *LoadBalancing, s *health.Schedule, f *Failures) map[string]subdirective.Argument {
-	return map[string]subdirective.Argument{
-		"lb_retries":      subdirective.Number{To: &b.Retries},
-		"lb_try_duration": subdirective.Duration{To: &b.TryDuration},
-		"lb_try_interval": subdirective.Duration{To: &b.TryInterval},
-		"health_interval": subdirective.Duration{To: &s.Interval},
-		"health_timeout":  subdirective.Duration{To: &s.Timeout},
-		"health_fails":    subdirective.Number{To: &s.Fails},
-		"health_passes":   subdirective.Number{To: &s.Passes},
-		"fail_duration":   subdirective.Duration{To: &f.FailDuration},
-		"max_fails":       subdirective.Number{To: &f.MaxFails},
-	}
-}
-
-// parseTo takes upstreams, at least one.
-func parseTo(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
-	if d.CountRemainingArgs() == 0 {
-		return d.Errf("%s: missing argument", d.Val())
-	}
-	return addUpstreams(d, to, parse)
-}
-
-// addUpstreams takes the upstreams that are left on the line.
-func addUpstreams(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
-	for _, addr := range d.RemainingArgs() {
-		if _, err := parse(addr); err != nil {
-			return d.WrapErr(err)
-		}
-		*to = append(*to, &Upstream{Dial: addr})
-	}
-	return nil
-}
-
 // UnmarshalCaddyfile sets the app up from Caddyfile tokens. Syntax:
 //
 //	connection_registry {

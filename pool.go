@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
@@ -18,6 +19,7 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/selection"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/settings"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/subdirective"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/transport"
 )
 
@@ -307,4 +309,38 @@ func (s *poolSettings) connect(ctx caddy.Context) (pool.Connect, error) {
 			Client: client.Addr, TLVs: client.TLVs, Replace: client.Replace,
 		})
 	}, nil
+}
+
+// poolWords are the subdirectives of one argument that are about pools.
+func poolWords(b *LoadBalancing, s *health.Schedule, f *Failures) map[string]subdirective.Argument {
+	return map[string]subdirective.Argument{
+		"lb_retries":      subdirective.Number{To: &b.Retries},
+		"lb_try_duration": subdirective.Duration{To: &b.TryDuration},
+		"lb_try_interval": subdirective.Duration{To: &b.TryInterval},
+		"health_interval": subdirective.Duration{To: &s.Interval},
+		"health_timeout":  subdirective.Duration{To: &s.Timeout},
+		"health_fails":    subdirective.Number{To: &s.Fails},
+		"health_passes":   subdirective.Number{To: &s.Passes},
+		"fail_duration":   subdirective.Duration{To: &f.FailDuration},
+		"max_fails":       subdirective.Number{To: &f.MaxFails},
+	}
+}
+
+// parseTo takes upstreams, at least one.
+func parseTo(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
+	if d.CountRemainingArgs() == 0 {
+		return d.Errf("%s: missing argument", d.Val())
+	}
+	return addUpstreams(d, to, parse)
+}
+
+// addUpstreams takes the upstreams that are left on the line.
+func addUpstreams(d *caddyfile.Dispenser, to *[]*Upstream, parse func(string) (pool.Address, error)) error {
+	for _, addr := range d.RemainingArgs() {
+		if _, err := parse(addr); err != nil {
+			return d.WrapErr(err)
+		}
+		*to = append(*to, &Upstream{Dial: addr})
+	}
+	return nil
 }

@@ -17,10 +17,6 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/tunnel"
 )
 
-// lookPeriod is how often is looked whether a client is still there for which an
-// upstream is being dialed.
-const lookPeriod = 250 * time.Millisecond
-
 // Connect tries upstreams until one accepts the connection. Meanwhile nobody reads
 // the client; if it leaves, that is the opening's end.
 func (o *Opening) Connect(c Config, client net.Conn) (net.Conn, error) {
@@ -67,34 +63,17 @@ func (c *Config) connect(ctx context.Context, t *pool.Target) (net.Conn, error) 
 func (o *Opening) watch(client net.Conn) (stop func()) {
 	ctx, cancel := context.WithCancel(o.ctx)
 	var watcher sync.WaitGroup
-	watcher.Go(func() { o.look(ctx, client) })
+	watcher.Go(func() {
+		switch info, gone := sock.Watch(ctx, client); {
+		case gone && info.Reset:
+			o.Fail(registry.Reset)
+		case gone:
+			o.Fail(registry.EOF)
+		}
+	})
 	return func() {
 		cancel()
 		watcher.Wait() // what it sees later is for the tunnel to find
-	}
-}
-
-// look looks again and again whether the client is still there. It ends with ctx, or
-// when the client has gone.
-func (o *Opening) look(ctx context.Context, client net.Conn) {
-	ticker := time.NewTicker(lookPeriod)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		switch info, known := sock.Ask(client); {
-		case !known:
-			return
-		case info.Reset:
-			o.Fail(registry.Reset)
-			return
-		case info.Finished:
-			o.Fail(registry.EOF)
-			return
-		}
 	}
 }
 

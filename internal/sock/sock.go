@@ -5,9 +5,11 @@
 package sock
 
 import (
+	"context"
 	"net"
 	"reflect"
 	"syscall"
+	"time"
 )
 
 // Info is what the kernel knows of a TCP or Unix socket at one moment.
@@ -52,6 +54,41 @@ func Ask(conn any) (Info, bool) {
 		return Info{}, false
 	}
 	return info, ok
+}
+
+// Watch waits until the peer of the socket below conn has finished or reset it, and
+// returns what is known then. It returns false when ctx ends, or at once if nothing can
+// be known. It reads nothing, and nobody else may read meanwhile; no read deadline is
+// left.
+func Watch(ctx context.Context, conn any) (Info, bool) {
+	socket, ok := Below(conn).(interface {
+		syscall.Conn
+		SetReadDeadline(t time.Time) error
+	})
+	if !ok {
+		return Info{}, false
+	}
+	rc, err := socket.SyscallConn()
+	if err != nil {
+		return Info{}, false
+	}
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		_ = socket.SetReadDeadline(time.Unix(1, 0)) // long past
+	})
+	var info Info
+	var known bool
+	// The runtime calls again whenever something has arrived, be it an end.
+	err = rc.Read(func(fd uintptr) bool {
+		info, known = ask(int(fd))
+		return !known || info.Reset || info.Finished
+	})
+	if !stop() {
+		<-woken
+		_ = socket.SetReadDeadline(time.Time{})
+	}
+	return info, err == nil && known
 }
 
 // Below returns the socket at the bottom of conn's wrappers, or nil if there is

@@ -2,8 +2,6 @@ package holdfast
 
 import (
 	"fmt"
-	"slices"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -91,6 +89,8 @@ func init() {
 //	    header_up   ...   as in reverse_proxy
 //	    header_down ...
 //	    default_origin <origin>
+//
+//	    log
 //	}
 //
 // Every subdirective may be there once, but for header_up and header_down. Without
@@ -163,6 +163,8 @@ func (h *WebSocketProxy) parseOther(d *caddyfile.Dispenser, name string) (known 
 	case "allowed_origins":
 		h.Limits.AllowedOrigins = d.RemainingArgs()
 		err = subdirective.Count(d, name, h.Limits.AllowedOrigins, 1, len(h.Limits.AllowedOrigins))
+	case "log":
+		err = subdirective.Flag(d, &h.Log)
 	case "header_up":
 		err = h.Headers.ParseUp(d)
 	case "header_down":
@@ -318,7 +320,7 @@ func (h *SNIPassthrough) parseOther(d *caddyfile.Dispenser, name string) (known 
 	case "log":
 		err = subdirective.Flag(d, &h.Log)
 	default:
-		if slices.Contains(webSocketOnly, name) || strings.HasPrefix(name, "tls") {
+		if settings.WebSocketOnly(name) {
 			err = d.Errf("%s: sni_passthrough passes on what it cannot read: it sees no HTTP and no WebSocket frames, and ends no TLS", name)
 		}
 		return err != nil, err
@@ -326,24 +328,16 @@ func (h *SNIPassthrough) parseOther(d *caddyfile.Dispenser, name string) (known 
 	return true, err
 }
 
-// webSocketOnly are subdirectives of websocket_proxy that a passthrough has no use for,
-// beside those about TLS.
-var webSocketOnly = []string{
-	"allowed_origins", "client_max_message_size", "compression", "default_origin", "drain_window", "dynamic",
-	"first_data_timeout", "handshake_timeout", "header_down", "header_up", "health_http", "health_ws", "idle_timeout",
-	"migrate_on_unhealthy", "ping_interval", "ping_timeout", "replay", "replay_buffer", "replay_overflow",
-	"resume_concurrency", "resume_interval", "resume_limit", "resume_on", "resume_timeout", "server_max_message_size",
-	"unhealthy_latency", "write_timeout",
-}
-
 // UnmarshalCaddyfile sets the app up from Caddyfile tokens. Syntax:
 //
 //	connection_registry {
 //	    max_connections        <n>
 //	    max_connections_per_ip <n> [<ipv6_prefix>]
+//	    pressure               <percent>
 //	    replay_memory          <size>
 //	    orphan_timeout         <duration>
 //	    shutdown_timeout       <duration>
+//	    long_lived             <duration>|off
 //	}
 func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the option's name
@@ -355,6 +349,8 @@ func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		"orphan_timeout":   subdirective.Duration{To: &a.OrphanTimeout},
 		"shutdown_timeout": subdirective.Duration{To: &a.ShutdownTimeout},
 		"replay_memory":    subdirective.Size{To: &a.ReplayMemory},
+		"pressure":         subdirective.Number{To: &a.Pressure},
+		"long_lived":       subdirective.Duration{To: &a.LongLived, Off: true},
 	}
 	err := subdirective.Each(d, nil, func(name string) (bool, error) {
 		if word, ok := words[name]; ok {

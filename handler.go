@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 
 	"go.uber.org/zap"
 
@@ -80,6 +81,10 @@ type WebSocketProxy struct {
 	// Default: `on`.
 	Compression string `json:"compression,omitempty"`
 
+	// Whether there is an access-log entry for each connection, at its end.
+	// Default: `false`.
+	Log bool `json:"log,omitempty"`
+
 	logger     *zap.Logger
 	name       string
 	config     *webSocketConfig
@@ -122,6 +127,7 @@ func (h *WebSocketProxy) Provision(ctx caddy.Context) error {
 			kind:   registry.WebSocket,
 			json:   string(config),
 			limits: registry.Limits{Connections: l.MaxConnections, PerIP: l.MaxConnectionsPerIP},
+			log:    h.Log,
 			logger: h.logger,
 		},
 		dialTimeout:      settings.DurationOr(t.DialTimeout, settings.DialTimeout),
@@ -307,6 +313,26 @@ func clientInfo(r *http.Request) registry.Info {
 		info.SNI = r.TLS.ServerName
 	}
 	return info
+}
+
+// clientOf returns what a pool needs to know of a client.
+func clientOf(r *http.Request) pool.Client {
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	return pool.Client{Request: r, Addr: clientAddr(r), Replace: func(s string) string { return repl.ReplaceAll(s, "") }}
+}
+
+// clientAddr is the client's address as Caddy trusts it; its port is known if that
+// is the peer itself.
+func clientAddr(r *http.Request) netip.AddrPort {
+	text, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+	ip, err := netip.ParseAddr(text)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr() == ip {
+		return peer
+	}
+	return netip.AddrPortFrom(ip, 0)
 }
 
 // Interface guards

@@ -121,9 +121,9 @@ func (h *SNIPassthrough) Provision(ctx caddy.Context) error {
 			kind:   registry.Passthrough,
 			json:   string(config),
 			limits: registry.Limits{Connections: l.MaxConnections, PerIP: l.MaxConnectionsPerIP},
+			log:    h.Log,
 			logger: h.logger,
 		},
-		log: h.Log,
 	}
 	if c.settings, err = h.KeepAlive.Tunnel(); err != nil {
 		return err
@@ -192,7 +192,6 @@ func (h *SNIPassthrough) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 		h.logger.Debug("client is refused", zap.String("route", h.name), zap.String("remote", info.Client), zap.Error(err))
 		return nil
 	}
-	p := passage{liveTunnels{route}, o.Record()}
 	backend, err := o.Connect(h.config.opening(route, client, cx.Replacer()), cx)
 	if err != nil {
 		switch {
@@ -203,52 +202,24 @@ func (h *SNIPassthrough) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 		}
 		h.logger.Debug("client could not be connected", zap.String("id", o.ID()), zap.Error(err))
 		o.Fail(registry.Dial) // unless there is another reason
-		v := p.rec.View()
 		o.Close()
-		p.log(v.Upstream, v.Dial)
 		return nil
 	}
 	conn, early, detached := client.Detach()
-	t := o.Tunnel(p.liveTunnels, conn, backend, early)
-	switch {
-	case t == nil:
+	tunnels := liveTunnels{route}
+	t := o.Tunnel(tunnels, conn, backend, early)
+	if t == nil {
 		_ = conn.Close()
-		v := p.rec.View()
 		o.Close()
-		p.log(v.Upstream, v.Dial)
-	case detached:
-		go p.run(t)
-	default:
-		p.run(t)
+		return nil
+	}
+	tunnels.stay(o.Record())
+	if detached {
+		go t.Run()
+	} else {
+		t.Run()
 	}
 	return nil
-}
-
-// passage is one connection on its way. It keeps nothing of the config.
-type passage struct {
-	liveTunnels
-	rec *registry.Conn
-}
-
-// run owns the tunnel and ends with it.
-func (p passage) run(t *tunnel.Tunnel) {
-	v := p.rec.View()
-	p.stay(p.rec)
-	t.Run()
-	p.log(v.Upstream, v.Dial)
-}
-
-// log writes the access-log entry of a connection that has ended.
-func (p passage) log(upstream, dial string) {
-	c := p.config()
-	if !c.log {
-		return
-	}
-	v := p.rec.View()
-	c.logger.Info("connection ended",
-		zap.String("id", v.ID), zap.String("route", v.Route), zap.String("sni", v.SNI), zap.String("remote", v.Client),
-		zap.String("upstream", upstream), zap.String("dial", dial), zap.String("reason", string(v.Reason)),
-		zap.Duration("duration", p.rec.Age()), zap.Uint64("bytes_in", v.BytesIn), zap.Uint64("bytes_out", v.BytesOut))
 }
 
 // passthroughConfig is what a config says about a route of tunnels.
@@ -259,7 +230,6 @@ type passthroughConfig struct {
 	orphanTimeout  time.Duration
 	closeUnhealthy bool
 	tells          bool // upstreams are told who the client is
-	log            bool
 }
 
 // opening returns how to reach the route's upstreams.

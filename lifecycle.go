@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,7 +13,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/health"
@@ -50,6 +48,7 @@ type generation struct {
 	replayMemory    int64
 	limits          registry.Limits
 	ipv6Prefix      int
+	watch           registry.Watch
 	routes          map[string]*declaration // complete when the config is provisioned
 	logger          *zap.Logger
 
@@ -270,6 +269,7 @@ type routeCommon struct {
 	json   string // the handler's
 	limits registry.Limits
 	pool   *pool.Pool
+	log    bool // whether there is an access log
 	logger *zap.Logger
 
 	// alone is set once no older config is in force: only then do connections
@@ -281,6 +281,27 @@ func (c *routeCommon) common() *routeCommon { return c }
 
 // Upstreams implements registry.Pool.
 func (c *routeCommon) Upstreams() []registry.UpstreamState { return c.pool.Upstreams() }
+
+// Ended implements registry.Log: it writes the access log. A WebSocket that no upstream
+// has accepted ends without a reason; HTTP's own access log has that.
+func (c *routeCommon) Ended(v registry.View) {
+	if !c.log || v.Reason == "" {
+		return
+	}
+	fields := []zap.Field{
+		zap.String("id", v.ID), zap.String("kind", string(v.Kind)), zap.String("route", v.Route), zap.String("reason", string(v.Reason)),
+		zap.String("remote", v.Client), zap.String("sni", v.SNI), zap.String("upstream", v.Upstream), zap.String("dial", v.Dial),
+		zap.Duration("duration", v.AgeDuration()),
+		zap.Uint64("bytes_in", v.BytesIn), zap.Uint64("bytes_out", v.BytesOut),
+	}
+	if v.Kind == registry.WebSocket {
+		fields = append(fields,
+			zap.String("host", v.Host), zap.String("uri", v.URI), zap.String("protocol", v.Protocol), zap.String("subprotocol", v.Subprotocol),
+			zap.Uint64("messages_in", v.MessagesIn), zap.Uint64("messages_out", v.MessagesOut),
+			zap.Int("resumes", v.Resumes), zap.Int("replayed", v.Replayed))
+	}
+	c.logger.Info("connection ended", fields...)
+}
 
 // whenLeft returns what is called when something has changed for the worse about c's
 // upstreams.
@@ -366,24 +387,4 @@ func (r liveRoute) Redial(q *handshake.Request, addresses map[string]pool.Addres
 	client := clientOf(req)
 	client.Addresses = addresses
 	return r.config().opening(r.route, client, why, last)
-}
-
-// clientOf returns what a pool needs to know of a client.
-func clientOf(r *http.Request) pool.Client {
-	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	return pool.Client{Request: r, Addr: clientAddr(r), Replace: func(s string) string { return repl.ReplaceAll(s, "") }}
-}
-
-// clientAddr is the client's address as Caddy trusts it; its port is known if that
-// is the peer itself.
-func clientAddr(r *http.Request) netip.AddrPort {
-	text, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
-	ip, err := netip.ParseAddr(text)
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr() == ip {
-		return peer
-	}
-	return netip.AddrPortFrom(ip, 0)
 }

@@ -39,6 +39,7 @@ const (
 	defaultOrphanTimeout   = 10 * time.Second
 	defaultShutdownTimeout = 10 * time.Second
 	defaultReplayMemory    = 1 << 30
+	defaultPressure        = 90 // percent
 )
 
 // ConnectionRegistry is the app that knows every connection of this plugin. It
@@ -61,6 +62,12 @@ type ConnectionRegistry struct {
 	// Default: `64`.
 	IPv6Prefix *int `json:"ipv6_prefix,omitempty"`
 
+	// The percentage of max_connections from which on new connections make those end
+	// at once that are ending anyway: the one longest in closing, else in
+	// half_open. 1 to 100. Without max_connections it has no effect.
+	// Default: `90`.
+	Pressure *int `json:"pressure,omitempty"`
+
 	// How long connections live on whose route is gone from the config. They
 	// are closed evenly over that time, with code 1001. Zero closes them at once.
 	// Default: `10s`.
@@ -77,6 +84,10 @@ type ConnectionRegistry struct {
 	// does not fit is treated as the route's replay_overflow says. It must be positive.
 	// Default: 1 GiB.
 	ReplayMemory *int64 `json:"replay_memory,omitempty"`
+
+	// The age at which a connection is logged, once. Zero: never.
+	// Default: `0`.
+	LongLived *caddy.Duration `json:"long_lived,omitempty"`
 
 	logger     *zap.Logger
 	generation *generation
@@ -102,8 +113,13 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 		replayMemory:    settings.ValueOr(a.ReplayMemory, defaultReplayMemory),
 		limits:          registry.Limits{Connections: a.MaxConnections, PerIP: a.MaxConnectionsPerIP},
 		ipv6Prefix:      settings.ValueOr(a.IPv6Prefix, registry.DefaultIPv6Prefix),
-		routes:          make(map[string]*declaration),
-		logger:          a.logger,
+		watch: registry.Watch{
+			Pressure:  settings.ValueOr(a.Pressure, defaultPressure),
+			LongLived: settings.DurationOr(a.LongLived, 0),
+			Notices:   notices{a.logger},
+		},
+		routes: make(map[string]*declaration),
+		logger: a.logger,
 	}
 	for _, c := range live.registry.Collectors() {
 		var already prometheus.AlreadyRegisteredError
@@ -127,7 +143,7 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 // Validate refuses settings that mean nothing.
 func (a *ConnectionRegistry) Validate() error {
 	for name, d := range map[string]*caddy.Duration{
-		"orphan_timeout": a.OrphanTimeout, "shutdown_timeout": a.ShutdownTimeout,
+		"orphan_timeout": a.OrphanTimeout, "shutdown_timeout": a.ShutdownTimeout, "long_lived": a.LongLived,
 	} {
 		if d != nil && *d < 0 {
 			return fmt.Errorf("%s must not be negative: %s", name, time.Duration(*d))
@@ -135,6 +151,9 @@ func (a *ConnectionRegistry) Validate() error {
 	}
 	if n := settings.ValueOr(a.IPv6Prefix, 1); n < 1 || n > 128 {
 		return fmt.Errorf("max_connections_per_ip: the IPv6 prefix must be 1 to 128: %d", n)
+	}
+	if n := settings.ValueOr(a.Pressure, 1); n < 1 || n > 100 {
+		return fmt.Errorf("pressure must be 1 to 100 percent: %d", n)
 	}
 	return settings.First(
 		settings.CheckSize("replay_memory", a.ReplayMemory),
@@ -172,6 +191,31 @@ func (a *ConnectionRegistry) Handle(context.Context, caddy.Event) error {
 	return nil
 }
 
+// notices logs what the registry notices.
+type notices struct{ logger *zap.Logger }
+
+// Pressure implements registry.Notices.
+func (n notices) Pressure(on bool, conns, limit int) {
+	fields := []zap.Field{zap.Int("count", conns), zap.Int("limit", limit)}
+	if on {
+		n.logger.Warn("max_connections is near, ending connections give way", fields...)
+	} else {
+		n.logger.Info("max_connections is far again", fields...)
+	}
+}
+
+// LongLived implements registry.Notices.
+func (n notices) LongLived(v registry.View) {
+	n.logger.Info("connection is long-lived", zap.String("id", v.ID), zap.String("route", v.Route),
+		zap.String("remote", v.Client), zap.String("upstream", v.Upstream), zap.Duration("duration", v.AgeDuration()))
+}
+
+// Forgotten implements registry.Notices.
+func (n notices) Forgotten(v registry.View, removed bool) {
+	n.logger.Error("connection was not ended when it should have been", zap.String("id", v.ID), zap.String("route", v.Route),
+		zap.String("state", v.State), zap.String("reason", string(v.Reason)), zap.Bool("removed", removed))
+}
+
 // AdminAPI serves the registry at Caddy's admin endpoint, below /connections.
 type AdminAPI struct{}
 
@@ -195,4 +239,5 @@ var (
 	_ caddy.CleanerUpper  = (*ConnectionRegistry)(nil)
 	_ caddyevents.Handler = (*ConnectionRegistry)(nil)
 	_ caddy.AdminRouter   = (*AdminAPI)(nil)
+	_ registry.Notices    = notices{}
 )

@@ -4,18 +4,14 @@ package adminapi
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
-	"time"
-	"unicode/utf8"
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 )
 
@@ -26,9 +22,6 @@ const (
 	maxLimit     = 1000
 )
 
-// maxReason is the longest reason of a close frame in bytes (RFC 6455 §5.5).
-const maxReason = frame.MaxControlPayload - 2
-
 // Drain sets whether the upstreams of a name, in one route or, for "", in all that
 // have them, are drained. It returns how many connections are to move, and false if
 // there is no such upstream.
@@ -38,7 +31,7 @@ type Drain func(upstream, route string, drain bool) (conns int, found bool)
 func Routes(reg *registry.Registry, drain Drain) []caddy.AdminRoute {
 	a := &api{reg: reg, drain: drain}
 	return []caddy.AdminRoute{
-		route("/connections", methods{http.MethodGet: a.list}),
+		route("/connections", methods{http.MethodGet: a.list, http.MethodDelete: a.endAll}),
 		route("/connections/stats", methods{http.MethodGet: a.stats}),
 		route("/connections/upstreams", methods{http.MethodGet: a.upstreams}),
 		route("/connections/drain", methods{http.MethodPost: a.beginDrain, http.MethodDelete: a.endDrain}),
@@ -70,13 +63,9 @@ func route(pattern string, m methods) caddy.AdminRoute {
 
 // list is GET /connections.
 func (a *api) list(w http.ResponseWriter, r *http.Request) error {
-	q, err := query(r, "kind", "route", "upstream", "state", "client", "min_age", "limit", "after")
+	q, f, err := filtered(r, "limit", "after")
 	if err != nil {
 		return err
-	}
-	f, err := filter(q)
-	if err != nil {
-		return refuse(http.StatusBadRequest, err)
 	}
 	limit := defaultLimit
 	if v, ok := q["limit"]; ok {
@@ -109,33 +98,6 @@ func (a *api) show(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return reply(w, c.View())
-}
-
-// end is DELETE /connections/{id}.
-func (a *api) end(w http.ResponseWriter, r *http.Request) error {
-	q, err := query(r, "code", "reason")
-	if err != nil {
-		return err
-	}
-	e := registry.Ending{Reason: registry.Admin, Text: q["reason"]}
-	if v, ok := q["code"]; ok {
-		code, err := strconv.ParseUint(v, 10, 16)
-		if err != nil || !frame.ValidCloseCode(uint16(code)) {
-			return refuse(http.StatusBadRequest, fmt.Errorf("code must be a close code that may be sent: %q", v))
-		}
-		e.Code = uint16(code)
-	}
-	if len(e.Text) > maxReason || !utf8.ValidString(e.Text) {
-		return refuse(http.StatusBadRequest, fmt.Errorf("reason must be UTF-8 of at most %d bytes", maxReason))
-	}
-	c, err := a.get(r)
-	if err != nil {
-		return err
-	}
-	// One that ends already, for whatever reason, is what was asked for.
-	c.Close(e)
-	w.WriteHeader(http.StatusNoContent)
-	return nil
 }
 
 // migrate is POST /connections/{id}/migrate.
@@ -189,44 +151,6 @@ func query(r *http.Request, known ...string) (map[string]string, error) {
 		return nil, refuse(http.StatusBadRequest, fmt.Errorf("unknown parameter %q: want %s", name, want))
 	}
 	return q, nil
-}
-
-// filter reads the parameters that select connections.
-func filter(q map[string]string) (f registry.Filter, err error) {
-	f.Route, f.Upstream, f.Client = q["route"], q["upstream"], q["client"]
-	if v, ok := q["kind"]; ok {
-		if f.Kind = registry.Kind(v); f.Kind != registry.WebSocket && f.Kind != registry.Passthrough {
-			return f, fmt.Errorf("unknown kind %q", v)
-		}
-	}
-	if v, ok := q["state"]; ok {
-		s, err := registry.ParseState(v)
-		if err != nil {
-			return f, err
-		}
-		f.State = &s
-	}
-	if v, ok := q["min_age"]; ok {
-		if f.MinAge, err = age(v); err != nil {
-			return f, err
-		}
-	}
-	return f, nil
-}
-
-// age reads a duration as Caddy writes it, or a number of seconds.
-func age(v string) (time.Duration, error) {
-	if seconds, err := strconv.ParseUint(v, 10, 32); err == nil {
-		return time.Duration(seconds) * time.Second, nil
-	}
-	d, err := caddy.ParseDuration(v)
-	if err == nil && d < 0 {
-		err = errors.New("it is negative")
-	}
-	if err != nil {
-		return 0, fmt.Errorf("min_age must be a duration: %q: %w", v, err)
-	}
-	return d, nil
 }
 
 func reply(w http.ResponseWriter, v any) error {

@@ -120,7 +120,7 @@ func TestOtherMethodsAreRefused(t *testing.T) {
 	s := newSite(t)
 	c, o := s.open("a", "app:80", "10.0.0.1")
 	for target, allowed := range map[string][]string{
-		"/connections":                        {"GET"},
+		"/connections":                        {"DELETE", "GET"},
 		"/connections/stats":                  {"GET"},
 		"/connections/" + c.ID():              {"DELETE", "GET"},
 		"/connections/" + c.ID() + "/migrate": {"POST"},

@@ -32,7 +32,9 @@ func (o *Opening) Connect(c Config, client net.Conn) (net.Conn, error) {
 		}
 		o.rec.Attempt(t.Place, t.Addr.Dial(), time.Now().Add(c.DialTimeout))
 		var conn net.Conn
-		if conn, err = c.connect(o.ctx, t); err == nil {
+		conn, err = c.connect(o.ctx, t)
+		o.rec.Attempted()
+		if err == nil {
 			return conn, nil
 		}
 		if o.ctx.Err() != nil {

@@ -102,7 +102,9 @@ func (o *Opening) Reach(c Config, q *handshake.Request) (*Answer, error) {
 		}
 		o.rec.Attempt(t.Place, t.Addr.Dial(), time.Now().Add(c.DialTimeout+c.HandshakeTimeout))
 		var a *Answer
-		if a, err = c.ask(o.ctx, t, q); err != nil {
+		a, err = c.ask(o.ctx, t, q)
+		o.rec.Attempted()
+		if err != nil {
 			if l := c.Logger.Check(zap.DebugLevel, "upstream gave no answer"); l != nil {
 				l.Write(zap.String("id", o.ID()), zap.String("upstream", t.Place.Name()), zap.String("dial", t.Addr.Dial()), zap.Error(err))
 			}

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"container/list"
 	"sync/atomic"
 	"time"
 )
@@ -67,6 +68,10 @@ type Conn struct {
 	dial        string
 	subprotocol string
 
+	inLine    *list.Element // see pressure
+	old       bool          // it was told that it is long-lived
+	forgotten bool          // the sweeper has cut it
+
 	resumes  int // how often another backend took over …
 	replayed int // … and how many messages may have been repeats
 	buffered atomic.Int64
@@ -101,6 +106,14 @@ func (c *Conn) Attempt(up *Upstream, dial string, deadline time.Time) {
 	defer c.reg.mu.Unlock()
 	c.leaveUpstream()
 	c.upstream, c.dial, c.deadline = up, dial, deadline
+}
+
+// Attempted notes that the attempt is over: what follows, another one or the answer that
+// the client gets, has no deadline here.
+func (c *Conn) Attempted() {
+	c.reg.mu.Lock()
+	defer c.reg.mu.Unlock()
+	c.deadline = time.Time{}
 }
 
 // Deadline is when the connection must have left its state, or zero if that is for
@@ -149,13 +162,17 @@ func (c *Conn) HalfClose() bool {
 // and returns true.
 func (c *Conn) Close(e Ending) bool {
 	c.reg.mu.Lock()
+	defer c.reg.unlock()
+	return c.close(e)
+}
+
+// close is Close with Registry.mu held; the owner is told when that is let go.
+func (c *Conn) close(e Ending) bool {
 	from := c.state
 	if !c.enter(Closing, time.Now().Add(ClosingTimeout)) {
-		c.reg.mu.Unlock()
 		return false
 	}
 	c.ending = e
-	owner := c.owner
 	switch from {
 	case Held:
 		c.reg.metrics.resumed(c.route, string(e.Reason))
@@ -163,8 +180,8 @@ func (c *Conn) Close(e Ending) bool {
 		c.reg.metrics.migrated(c.route, string(e.Reason))
 	default: // it had its backend
 	}
-	c.reg.mu.Unlock()
-	owner.End(e)
+	owner := c.owner
+	c.reg.after = append(c.reg.after, func() { owner.End(e) })
 	return true
 }
 
@@ -172,9 +189,18 @@ func (c *Conn) Close(e Ending) bool {
 // Its owner calls it once.
 func (c *Conn) Done() {
 	c.reg.mu.Lock()
-	defer c.reg.mu.Unlock()
+	defer c.reg.unlock()
+	c.done()
+}
+
+// done is Done with Registry.mu held.
+func (c *Conn) done() {
 	if !c.enter(Closed, time.Time{}) {
 		return
+	}
+	if log, ok := c.route.Settings.Load().(Log); ok {
+		last := c.view(time.Now())
+		c.reg.after = append(c.reg.after, func() { log.Ended(last) })
 	}
 	c.leaveUpstream()
 	if !c.openedAt.IsZero() {
@@ -182,6 +208,10 @@ func (c *Conn) Done() {
 	}
 	c.reg.remove(c)
 }
+
+// Log is what a route's Settings may be, to be told of each connection that has
+// ended, when nothing of it is left.
+type Log interface{ Ended(last View) }
 
 // CloseAt plans the connection's end, replacing an earlier plan; a zero time
 // lifts it.
@@ -232,6 +262,7 @@ func (c *Conn) enter(next State, deadline time.Time) bool {
 		return false
 	}
 	c.reg.metrics.moved(c, c.state, next)
+	c.lineUp(c.state, next)
 	c.state, c.since, c.deadline = next, time.Now(), deadline
 	return true
 }

@@ -55,8 +55,9 @@ func (r *Registry) SetLimits(l Limits, ipv6Prefix int) {
 		ipv6Prefix = DefaultIPv6Prefix
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	defer r.unlock()
 	anew := r.limits.set(l)
+	r.feel()
 	if r.ipv6Prefix != ipv6Prefix {
 		r.ipv6Prefix, anew = ipv6Prefix, true
 	}
@@ -72,13 +73,14 @@ func (r *Registry) SetLimits(l Limits, ipv6Prefix int) {
 func (t *Route) SetLimits(l Limits) {
 	r := t.reg
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	defer r.unlock()
 	if !t.lifts.connections {
 		r.counted -= t.conns
 	}
 	if t.lifts.connections = isZero(l.Connections); !t.lifts.connections {
 		r.counted += t.conns
 	}
+	r.feel()
 	anew := t.limits.set(l)
 	if lifts := isZero(l.PerIP); t.lifts.perIP != lifts {
 		t.lifts.perIP, anew = lifts, true
@@ -104,7 +106,7 @@ func (t *Route) refused(reason string) {
 }
 
 // refusal is why a connection cannot be admitted now: as refused_total names it, and
-// as an error. mu is held.
+// as an error. If the registry's limit is near, others make room. mu is held.
 func (r *Registry) refusal(t *Route, ip netip.Addr) (reason string, err error) {
 	switch {
 	case r.stopping:
@@ -112,6 +114,7 @@ func (r *Registry) refusal(t *Route, ip netip.Addr) (reason string, err error) {
 	case t.declared == 0:
 		return "route_gone", ErrRouteGone
 	}
+	r.makeRoom(t)
 	if e := r.exceeded(t, ip); e != nil {
 		return e.Reason, e
 	}
@@ -140,6 +143,7 @@ func (r *Registry) count(t *Route, ip netip.Addr, n int) {
 	t.conns += n
 	if !t.lifts.connections {
 		r.counted += n
+		r.feel()
 	}
 	r.countIP(t, ip, n)
 }

@@ -23,6 +23,8 @@ type metrics struct {
 	movesTotal    *prometheus.CounterVec
 	idleWarnings  *prometheus.CounterVec
 	replayBytes   prometheus.GaugeFunc
+	sweepSeconds  prometheus.Histogram
+	sweeperFound  prometheus.Counter
 }
 
 const (
@@ -40,6 +42,9 @@ var stateBuckets = []float64{0.01, 0.1, 1, 5, 10, 30, 60, 300, 3600, 86400}
 
 // heldBuckets are the bounds, in seconds, of the time without a backend.
 var heldBuckets = []float64{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300}
+
+// sweepBuckets are the bounds, in seconds, of the time that a sweep takes.
+var sweepBuckets = []float64{0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1}
 
 func newMetrics(replayBytes func() int64) *metrics {
 	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
@@ -73,6 +78,14 @@ func newMetrics(replayBytes func() int64) *metrics {
 			Namespace: namespace, Subsystem: subsystem, Name: "replay_bytes",
 			Help: "Memory of all replay buffers together.",
 		}, func() float64 { return float64(replayBytes()) }),
+		sweepSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: namespace, Subsystem: subsystem, Name: "sweep_seconds",
+			Help: "Time that the regular look at all connections took.", Buckets: sweepBuckets,
+		}),
+		sweeperFound: prometheus.NewCounter(prometheus.CounterOpts{
+			Namespace: namespace, Subsystem: subsystem, Name: "sweeper_found_total",
+			Help: "Connections that were found long after they should have ended; zero unless there is a bug.",
+		}),
 	}
 }
 
@@ -80,6 +93,7 @@ func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
 		m.active, m.openedTotal, m.closedTotal, m.refusedTotal, m.bytesTotal, m.messagesTotal,
 		m.duration, m.stateSeconds, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.idleWarnings, m.replayBytes,
+		m.sweepSeconds, m.sweeperFound,
 	}
 }
 
@@ -154,6 +168,10 @@ func (m *metrics) closed(c *Conn) {
 func (m *metrics) refused(t *Route, reason string) {
 	m.refusedTotal.WithLabelValues(string(t.key.kind), t.key.name, reason).Inc()
 }
+
+func (m *metrics) swept(took time.Duration) { m.sweepSeconds.Observe(took.Seconds()) }
+
+func (m *metrics) found() { m.sweeperFound.Inc() }
 
 func (m *metrics) gauge(c *Conn, s State) prometheus.Gauge {
 	return m.active.WithLabelValues(string(c.info.Kind), c.route.key.name, s.String())

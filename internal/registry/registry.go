@@ -18,7 +18,6 @@ import (
 	"context"
 	"errors"
 	"math"
-	"math/rand/v2"
 	"sort"
 	"sync"
 	"time"
@@ -54,6 +53,12 @@ type Registry struct {
 	limits     limits
 	counted    int // connections that count towards limits.connections
 	ipv6Prefix int // of the addresses in byIP of all limits
+	pressure   pressure
+
+	watch   Watch
+	sweeper *time.Timer // nil until SetWatch
+
+	after []func() // what unlock does
 }
 
 // slot keeps a connection's place in the order of age. IDs grow with age, so a
@@ -90,7 +95,7 @@ func (r *Registry) Collectors() []prometheus.Collector {
 // *LimitError, and is counted.
 func (r *Registry) Admit(route *Route, info Info, owner Owner) (*Conn, error) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	defer r.unlock()
 	ip := r.countedIP(route, info.Client)
 	if reason, err := r.refusal(route, ip); err != nil {
 		route.refused(reason)
@@ -162,107 +167,54 @@ func (c *Conn) abort() {
 	owner.Abort()
 }
 
-// EndPaced ends the connections of a route evenly within window, in random
-// order and with the last one due when it ends, so that their clients do not
-// all return at once.
-func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
-	conns := r.live(route)
-	paced(conns, window, func(c *Conn, at time.Time) { c.CloseAt(at, e) })
-	return len(conns)
-}
-
-// MovePaced plans for the connections of a route that use an upstream which
-// leaves to move to another one, spread like those of EndPaced, and lifts
-// such plans for all others. Those that found no other when their time came are
-// spread again, lest they all go at once when there is one. It returns how many are
-// to move.
-func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
-	var leaving []*Conn
-	from := make(map[*Conn]string)
-	for _, c := range r.live(route) {
-		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
-		switch {
-		case up != "" && leaves(up):
-			if !planned || c.moveOverdue() {
-				leaving = append(leaving, c)
-				from[c] = up
-			}
-		case planned:
-			c.moveFrom(up, time.Time{})
-		}
-	}
-	paced(leaving, window, func(c *Conn, at time.Time) { c.moveFrom(from[c], at) })
-	return len(leaving)
-}
-
-// paced gives each connection a time within window, evenly, in random order, the
-// last one when it ends.
-func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)) {
-	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
-	now := time.Now()
-	for i, c := range conns {
-		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
-		plan(c, now.Add(time.Duration(share*float64(window))))
-	}
-}
-
-// EndLeaving ends the connections of a route that use an upstream which leaves, for
-// the reason that leaves gives, spread like those of EndPaced. Those whose end is
-// planned keep that plan, but for one whose upstream was Unhealthy and is to be
-// left no more. It returns how many were added.
-func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason, window time.Duration) int {
-	var leaving []*Conn
-	why := make(map[*Conn]Ending)
-	for _, c := range r.live(route) {
-		var reason Reason
-		if up := c.Upstream(); up != "" {
-			reason = leaves(up)
-		}
-		at, planned := c.PlannedEnd()
-		switch {
-		case reason != "" && at.IsZero():
-			leaving = append(leaving, c)
-			why[c] = Ending{Reason: reason}
-		case reason == "" && !at.IsZero() && planned.Reason == Unhealthy:
-			c.CloseAt(time.Time{}, Ending{})
-		}
-	}
-	paced(leaving, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
-	return len(leaving)
-}
-
-// KeepAll lifts what EndPaced and EndLeaving planned for connections of a route
-// that may stay at their upstream.
-func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
-	for _, c := range r.live(route) {
-		if at, _ := c.PlannedEnd(); !at.IsZero() && stays(c.Upstream()) {
-			c.CloseAt(time.Time{}, Ending{})
-		}
-	}
-}
-
-// ReconsiderAll tells the owners of a route's connections that its settings
-// have changed.
-func (r *Registry) ReconsiderAll(route *Route) {
-	for _, c := range r.live(route) {
-		c.reg.mu.Lock()
-		owner := c.owner
-		c.reg.mu.Unlock()
-		owner.Reconsider()
-	}
-}
-
 // live returns the connections of a route, or all for nil.
-func (r *Registry) live(route *Route) []*Conn {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	conns := make([]*Conn, 0, len(r.byID))
-	for _, s := range r.order {
-		if s.conn != nil && (route == nil || s.conn.route == route) {
-			conns = append(conns, s.conn)
+func (r *Registry) live(route *Route) (conns []*Conn) {
+	r.scan("", func(c *Conn) bool {
+		if route == nil || c.route == route {
+			conns = append(conns, c)
+		}
+		return true
+	})
+	return conns
+}
+
+// scanAtOnce is how many places in the order of age are looked at before others may
+// have the lock.
+const scanAtOnce = 1000
+
+// scan calls f for each connection younger than the one with the id after, in order
+// of age, until f returns false. mu is held during each call, but not all the time:
+// one that comes or goes meanwhile may be seen or not.
+func (r *Registry) scan(after string, f func(c *Conn) (more bool)) {
+	for {
+		r.mu.Lock()
+		from := r.indexAfter(after)
+		some := r.order[from:min(from+scanAtOnce, len(r.order))]
+		for _, s := range some {
+			if s.conn != nil && !f(s.conn) {
+				r.unlock()
+				return
+			}
+		}
+		if len(some) > 0 {
+			after = some[len(some)-1].id
+		}
+		r.unlock()
+		if len(some) < scanAtOnce {
+			return
 		}
 	}
-	return conns
+}
+
+// unlock ends a critical section and then does what it has left to be done without
+// the lock.
+func (r *Registry) unlock() {
+	after := r.after
+	r.after = nil
+	r.mu.Unlock()
+	for _, do := range after {
+		do()
+	}
 }
 
 // remove takes a closed connection out of the index. mu is held.

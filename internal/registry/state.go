@@ -91,6 +91,7 @@ const (
 	Orphan         Reason = "orphan"         // its route is gone from the config
 	Shutdown       Reason = "shutdown"       // Caddy stops
 	Admin          Reason = "admin"          // the admin API
+	Pressure       Reason = "pressure"       // it was ending, and room was needed
 )
 
 // The reasons of passthrough connections, beside Idle, Lifetime and others that

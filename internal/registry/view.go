@@ -33,6 +33,9 @@ type View struct {
 	Buffered    int64     `json:"buffered_bytes"`
 }
 
+// AgeDuration is Age.
+func (v View) AgeDuration() time.Duration { return time.Duration(v.Age * float64(time.Second)) }
+
 // View returns the connection as it is now.
 func (c *Conn) View() View {
 	c.reg.mu.Lock()
@@ -77,20 +80,20 @@ type Filter struct {
 // are younger than the one with the id after, and the id to go on after if there
 // are more. A listing by pages shows each connection that lives through it once.
 func (r *Registry) List(f Filter, limit int, after string) (page []View, next string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	now := time.Now()
 	page = []View{}
-	for _, s := range r.order[r.indexAfter(after):] {
-		if s.conn == nil || !f.selects(s.conn, now) {
-			continue
+	r.scan(after, func(c *Conn) bool {
+		switch {
+		case !f.selects(c, now):
+		case len(page) == limit:
+			next = page[limit-1].ID
+			return false
+		default:
+			page = append(page, c.view(now))
 		}
-		if len(page) == limit {
-			return page, page[limit-1].ID
-		}
-		page = append(page, s.conn.view(now))
-	}
-	return page, ""
+		return true
+	})
+	return page, next
 }
 
 // selects reports whether f selects c. Registry.mu is held.
@@ -120,18 +123,17 @@ type Ages struct {
 	LE map[string]int `json:"le"`
 }
 
-// Stats returns the totals as they are now.
+// Stats returns the totals as they are now. Connections that come or go meanwhile
+// may be counted or not, in all totals alike.
 func (r *Registry) Stats() Stats {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	now := time.Now()
 	s := Stats{
-		Total: len(r.byID), ByKind: map[Kind]int{}, ByRoute: map[string]int{}, ByUpstream: map[string]int{},
+		ByKind: map[Kind]int{}, ByRoute: map[string]int{}, ByUpstream: map[string]int{},
 		ByState: map[string]int{}, ClosedByReason: map[Reason]uint64{}, AgeSeconds: Ages{LE: map[string]int{}},
 	}
-	maps.Copy(s.ClosedByReason, r.closed)
 	younger := make([]int, len(ageBuckets))
-	for _, c := range r.byID {
+	r.scan("", func(c *Conn) bool {
+		s.Total++
 		s.ByKind[c.info.Kind]++
 		s.ByRoute[c.route.key.name]++
 		s.ByState[c.state.String()]++
@@ -144,10 +146,14 @@ func (r *Registry) Stats() Stats {
 				younger[i]++
 			}
 		}
-	}
+		return true
+	})
 	for i, bound := range ageBuckets {
 		s.AgeSeconds.LE[strconv.FormatFloat(bound, 'f', -1, 64)] = younger[i]
 	}
-	s.AgeSeconds.LE["+Inf"] = len(r.byID)
+	s.AgeSeconds.LE["+Inf"] = s.Total
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	maps.Copy(s.ClosedByReason, r.closed)
 	return s
 }

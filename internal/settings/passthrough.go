@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"net"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -221,4 +223,19 @@ func (l *PassthroughLimits) Check() error {
 		CheckCount("max_connections", own.MaxConnections, 0), CheckCount("max_connections_per_ip", own.MaxConnectionsPerIP, 0),
 		CheckCount("upstream_max_connections", own.PerUpstream, 0),
 	)
+}
+
+// WebSocketOnly reports whether a passthrough has no use for a subdirective of
+// websocket_proxy.
+func WebSocketOnly(name string) bool {
+	return slices.Contains(webSocketOnly, name) || strings.HasPrefix(name, "tls")
+}
+
+// webSocketOnly are those subdirectives, beside those about TLS.
+var webSocketOnly = []string{
+	"allowed_origins", "client_max_message_size", "compression", "default_origin", "drain_window", "dynamic",
+	"first_data_timeout", "handshake_timeout", "header_down", "header_up", "health_http", "health_ws", "idle_timeout",
+	"migrate_on_unhealthy", "ping_interval", "ping_timeout", "replay", "replay_buffer", "replay_overflow",
+	"resume_concurrency", "resume_interval", "resume_limit", "resume_on", "resume_timeout", "server_max_message_size",
+	"unhealthy_latency", "write_timeout",
 }

@@ -1,0 +1,127 @@
+// This file ends and moves many connections, spread over time, so that neither their
+// clients nor the backends meet all of them at once.
+
+package registry
+
+import (
+	"math/rand/v2"
+	"time"
+)
+
+// EndPaced ends the connections of a route evenly within window, in random
+// order and with the last one due when it ends, so that their clients do not
+// all return at once.
+func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
+	conns := r.live(route)
+	paced(conns, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
+	return len(conns)
+}
+
+// EndSelected ends the connections that f selects, spread like those of EndPaced, and
+// returns how many it has selected. No reload keeps them.
+func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
+	var conns []*Conn
+	now := time.Now()
+	r.scan("", func(c *Conn) bool {
+		if f.selects(c, now) {
+			conns = append(conns, c)
+		}
+		return true
+	})
+	if window == 0 {
+		for _, c := range conns {
+			c.Close(e)
+		}
+		return len(conns)
+	}
+	paced(conns, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
+	return len(conns)
+}
+
+// MovePaced plans for the connections of a route that use an upstream which
+// leaves to move to another one, spread like those of EndPaced, and lifts
+// such plans for all others. Those that found no other when their time came are
+// spread again, lest they all go at once when there is one. It returns how many are
+// to move.
+func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
+	var leaving []*Conn
+	from := make(map[*Conn]string)
+	for _, c := range r.live(route) {
+		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
+		switch {
+		case up != "" && leaves(up):
+			if !planned || c.moveOverdue() {
+				leaving = append(leaving, c)
+				from[c] = up
+			}
+		case planned:
+			c.moveFrom(up, time.Time{})
+		}
+	}
+	paced(leaving, window, func(c *Conn, at time.Time) { c.moveFrom(from[c], at) })
+	return len(leaving)
+}
+
+// closeBy plans the connection's end, unless an earlier one is planned.
+func (c *Conn) closeBy(at time.Time, e Ending) {
+	if planned, _ := c.PlannedEnd(); planned.IsZero() || at.Before(planned) {
+		c.CloseAt(at, e)
+	}
+}
+
+// paced gives each connection a time within window, evenly, in random order, the
+// last one when it ends.
+func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)) {
+	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
+	now := time.Now()
+	for i, c := range conns {
+		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
+		plan(c, now.Add(time.Duration(share*float64(window))))
+	}
+}
+
+// EndLeaving ends the connections of a route that use an upstream which leaves, for
+// the reason that leaves gives, spread like those of EndPaced. Those whose end is
+// planned keep that plan, but for one whose upstream was Unhealthy and is to be
+// left no more. It returns how many were added.
+func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason, window time.Duration) int {
+	var leaving []*Conn
+	why := make(map[*Conn]Ending)
+	for _, c := range r.live(route) {
+		var reason Reason
+		if up := c.Upstream(); up != "" {
+			reason = leaves(up)
+		}
+		at, planned := c.PlannedEnd()
+		switch {
+		case reason != "" && at.IsZero():
+			leaving = append(leaving, c)
+			why[c] = Ending{Reason: reason}
+		case reason == "" && !at.IsZero() && planned.Reason == Unhealthy:
+			c.CloseAt(time.Time{}, Ending{})
+		}
+	}
+	paced(leaving, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
+	return len(leaving)
+}
+
+// KeepAll lifts what EndPaced and EndLeaving planned for connections of a route
+// that may stay at their upstream.
+func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
+	for _, c := range r.live(route) {
+		if at, e := c.PlannedEnd(); !at.IsZero() && e.Reason != Admin && stays(c.Upstream()) {
+			c.CloseAt(time.Time{}, Ending{})
+		}
+	}
+}
+
+// ReconsiderAll tells the owners of a route's connections that its settings
+// have changed.
+func (r *Registry) ReconsiderAll(route *Route) {
+	for _, c := range r.live(route) {
+		c.reg.mu.Lock()
+		owner := c.owner
+		c.reg.mu.Unlock()
+		owner.Reconsider()
+	}
+}

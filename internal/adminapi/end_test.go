@@ -115,3 +115,56 @@ func TestEndWhileConnecting(t *testing.T) {
 		t.Errorf("got %d %q, owner told %v, want 204 and the end", res.StatusCode, body, o.ends)
 	}
 }
+
+// What the filters select ends, what they do not stays; without a filter nothing does.
+func TestEndSelected(t *testing.T) {
+	for query, want := range map[string]struct {
+		status  int
+		body    string
+		a, b, c bool // which of the three have ended
+	}{
+		"?route=a&window=0":                             {202, `{"matched":2}`, true, true, false},
+		"?route=a&client=10.0.0.2&window=0":             {202, `{"matched":1}`, false, true, false},
+		"?upstream=app:81&window=0s":                    {202, `{"matched":1}`, false, false, true},
+		"?kind=websocket&state=open&min_age=0&window=0": {202, `{"matched":3}`, true, true, true},
+		"?kind=passthrough&window=0":                    {202, `{"matched":0}`, false, false, false},
+		"?min_age=1h&window=0":                          {202, `{"matched":0}`, false, false, false},
+		"?route=a":                                      {202, `{"matched":2}`, false, false, false}, // in good time
+		"":                                              {400, "no filter", false, false, false},
+		"?window=0":                                     {400, "no filter", false, false, false},
+		"?route=":                                       {400, "no filter", false, false, false},
+		"?route=a&window=-1s":                           {400, `window must be a duration: "-1s"`, false, false, false},
+		"?route=a&window=soon":                          {400, `window must be a duration: "soon"`, false, false, false},
+		"?route=a&code=1005":                            {400, `code must be a close code that may be sent: "1005"`, false, false, false},
+		"?route=a&reason=" + strings.Repeat("x", 124): {400, "reason must be UTF-8 of at most 123 bytes", false, false, false},
+		"?route=a&limit=1":                            {400, `unknown parameter "limit"`, false, false, false},
+		"?route=a&state=ajar":                         {400, `unknown state "ajar"`, false, false, false},
+		"?route=a&kind=telegraph":                     {400, `unknown kind "telegraph"`, false, false, false},
+	} {
+		t.Run(query, func(t *testing.T) {
+			s := newSite(t)
+			_, a := s.open("a", "app:80", "10.0.0.1")
+			_, b := s.open("a", "app:80", "10.0.0.2")
+			_, c := s.open("b", "app:81", "10.0.0.1")
+			res, body := s.ask("DELETE", "/connections"+query)
+			if res.StatusCode != want.status || !strings.Contains(body, want.body) {
+				t.Errorf("got %d %q, want %d %q", res.StatusCode, body, want.status, want.body)
+			}
+			for name, o := range map[*owner]bool{a: want.a, b: want.b, c: want.c} {
+				if ended := len(name.ends) == 1; ended != o {
+					t.Errorf("got ends %v, want ended %t", name.ends, o)
+				}
+			}
+		})
+	}
+}
+
+func TestEndSelectedTellsClients(t *testing.T) {
+	s := newSite(t)
+	_, o := s.open("a", "app:80", "10.0.0.1")
+	s.ask("DELETE", "/connections?route=a&window=0&code=4000&reason=moved")
+	want := registry.Ending{Reason: registry.Admin, Code: 4000, Text: "moved"}
+	if len(o.ends) != 1 || o.ends[0] != want {
+		t.Errorf("got %+v, want %+v", o.ends, want)
+	}
+}

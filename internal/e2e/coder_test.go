@@ -167,15 +167,24 @@ type coderBackend struct {
 
 func startCoderBackend(t testing.TB) string {
 	t.Helper()
+	srv := newCoderServer(t)
+	srv.Start()
+	return srv.Listener.Addr().String()
+}
+
+// newCoderServer returns a coderBackend's server, which is to be started. It ends when
+// the test does.
+func newCoderServer(t testing.TB) *httptest.Server {
+	t.Helper()
 	b := &coderBackend{reports: map[string]chan report{}}
 	var running sync.WaitGroup
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		running.Add(1)
 		defer running.Done()
 		b.ServeHTTP(w, r)
 	}))
 	t.Cleanup(func() { srv.Close(); running.Wait() })
-	return srv.Listener.Addr().String()
+	return srv
 }
 
 // reportOf returns where the report of a case is delivered.

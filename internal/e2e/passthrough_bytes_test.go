@@ -9,7 +9,6 @@ import (
 	"crypto/cipher"
 	"crypto/sha256"
 	"crypto/tls"
-	"fmt"
 	"io"
 	"net"
 	"sync/atomic"
@@ -59,12 +58,12 @@ func testIdentity(t *testing.T, size int64, piece int) {
 				backends <- swap(conn, 2, size, piece)
 				_, _ = conn.Read(make([]byte, 1)) // until the client has left
 			})
-			site := ""
+			site := "respond ok\n"
 			if c.clientTLS && !c.backendTLS {
-				site = fmt.Sprintf("}\nhttps://one.test:%s {\ntls %s %s\n", port(freeAddr(t)), a.file("one.test.crt"), a.file("one.test.key"))
+				site += a.site("one.test", port(freeAddr(t)), "respond ok")
 			}
 			addr := freeAddr(t)
-			p := startCaddy(t, "metrics\nauto_https disable_redirects\nlayer4 {\n"+addr+" {\n"+c.routes(backend+" {\n name bytes\n}")+"}\n}", "respond ok\n"+site)
+			p := startCaddy(t, "metrics\nauto_https disable_redirects\nlayer4 {\n"+addr+" {\n"+c.routes(backend+" {\n name bytes\n}")+"}\n}", site)
 			before := [2]float64{p.bytesTotal(t, "in"), p.bytesTotal(t, "out")}
 
 			wire := &counted{Conn: dialTCP(t, addr)}

@@ -135,17 +135,17 @@ func (h *farHost) heal(t testing.TB) {
 	h.ip(t, "rule delete pref 10")
 }
 
-// unplug takes the cable out: the host cannot be reached, and that becomes known.
-func (h *farHost) unplug(t testing.TB) {
+// refuse has packets that arrive there vanish likewise, but not without saying so: by
+// ICMP, as a router does that knows no way on.
+func (h *farHost) refuse(t testing.TB) {
 	t.Helper()
-	ip(t, "neighbor delete "+farIP+" dev near")
-	h.ip(t, "link set far down")
-}
-
-// plug puts it in again.
-func (h *farHost) plug(t testing.TB) {
-	t.Helper()
-	h.ip(t, "link set far up")
+	h.do(func() {
+		// Only routers answer so. The thread's own network is meant.
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/far/forwarding", []byte("1"), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	h.ip(t, "rule add pref 10 iif far unreachable")
 }
 
 // echoes starts a backend there that echoes. It finds out by itself which of its clients

@@ -23,7 +23,7 @@ func TestPassthroughLossyNetwork(t *testing.T) {
 		t.Run("lost SYN", func(t *testing.T) { testUnreachable(t, bad, 2*time.Second) })
 		far.heal(t)
 		t.Run("silence", func(t *testing.T) { testVanished(t, far, far.silence, far.heal) })
-		t.Run("unplugged", func(t *testing.T) { testVanished(t, far, far.unplug, far.plug) })
+		t.Run("unreachable", func(t *testing.T) { testVanished(t, far, far.refuse, far.heal) })
 	})
 }
 

@@ -43,8 +43,8 @@ func testUnreachable(t *testing.T, bad string, dialTimeout time.Duration) {
 		conns := call(t, addr, hello)
 		for i, c := range conns {
 			wantBytes(t, c, hello)
-			if took := time.Since(began); i == 0 && took < dialTimeout {
-				t.Errorf("got an answer after %v, want the dial to last %v", took, dialTimeout)
+			if i == 0 {
+				wantAfter(t, began, dialTimeout)
 			}
 		}
 		t.Logf("%d clients have their answers after %v", callers, time.Since(began))
@@ -61,8 +61,8 @@ func testUnreachable(t *testing.T, bad string, dialTimeout time.Duration) {
 		conns := call(t, addr, clientHello(t, "alone.test"))
 		for i, c := range conns {
 			wantEnd(t, c)
-			if took := time.Since(began); i == 0 && took < dialTimeout {
-				t.Errorf("got closed after %v, want the dial to last %v", took, dialTimeout)
+			if i == 0 {
+				wantAfter(t, began, dialTimeout)
 			}
 		}
 		t.Logf("%d clients are closed after %v", callers, time.Since(began))
@@ -191,6 +191,15 @@ func TestPassthroughTryDuration(t *testing.T) {
 	go acceptTCP(ln, echo, done)
 	wantBytes(t, waiting, append(hello, "and more"...))
 	waiting.Close()
+}
+
+// wantAfter wants that the first of many has waited for as long as a dial may take; at the
+// most, what a busy machine adds.
+func wantAfter(t testing.TB, began time.Time, dialTimeout time.Duration) {
+	t.Helper()
+	if took := time.Since(began); took < dialTimeout || took > dialTimeout+20*time.Second {
+		t.Errorf("got an end of the dial after %v, want it after %v", took, dialTimeout)
+	}
 }
 
 // refusedDials counts the clients of a route for which no upstream could be connected to.

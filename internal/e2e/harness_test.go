@@ -323,13 +323,20 @@ type process struct {
 // admin endpoint's address. It is killed when the test ends, if it still runs.
 func startBinary(t testing.TB, globals, body string) *process {
 	t.Helper()
+	at := proxy{addr: freeAddr(t), admin: freeAddr(t)}
+	return startBinaryAt(t, at, at.siteConfig(globals, body))
+}
+
+// startBinaryAt is startBinary with a Caddyfile of the test's own, for these addresses.
+func startBinaryAt(t testing.TB, at proxy, caddyfile string) *process {
+	t.Helper()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{proxy: proxy{addr: freeAddr(t), admin: freeAddr(t)}, exited: make(chan struct{}), log: new(bytes.Buffer)}
+	p := &process{proxy: at, exited: make(chan struct{}), log: new(bytes.Buffer)}
 	file := filepath.Join(t.TempDir(), "Caddyfile")
-	if err := os.WriteFile(file, []byte(p.siteConfig(globals, body)), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(caddyfile), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	p.cmd = exec.Command(path, "run", "--config", file, "--adapter", "caddyfile")

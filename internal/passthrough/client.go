@@ -34,7 +34,7 @@ type Client struct {
 // taken out of a connection that can be detached.
 func NewClient(cx *layer4.Connection) (*Client, error) {
 	c := &Client{cx: cx}
-	if addr, ok := cx.RemoteAddr().(*net.TCPAddr); ok {
+	if addr, ok := cx.RemoteAddr().(interface{ AddrPort() netip.AddrPort }); ok { // a header may name another protocol than TCP
 		ap := addr.AddrPort()
 		c.Addr = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}

@@ -183,7 +183,7 @@ func (r *Registry) recount() {
 	if !some {
 		return
 	}
-	for _, s := range r.order {
+	for _, s := range r.byAge.slots {
 		if c := s.conn; c != nil {
 			r.countIP(c.route, r.countedIP(c.route, c.info.Client), 1)
 		}

@@ -97,7 +97,7 @@ func TestLimitsChange(t *testing.T) {
 			for i, client := range tt.live {
 				wantArrival(t, r, routes["a"], i, arrival{"a", client, ""})
 			}
-			before := r.live(nil)
+			before := r.live(&r.byAge)
 			tt.change(r, routes["a"])
 			for i, a := range tt.then {
 				wantArrival(t, r, routes[a.route], i, a)
@@ -107,7 +107,7 @@ func TestLimitsChange(t *testing.T) {
 					t.Errorf("got a connection %v by a change of limits, want it to go on", s)
 				}
 			}
-			for _, c := range r.live(nil) {
+			for _, c := range r.live(&r.byAge) {
 				finish(c, Idle)
 			}
 			wantNothingCounted(t, r)
@@ -134,7 +134,7 @@ func TestLimitsOfARouteThatGoesAndComesBack(t *testing.T) {
 	wantArrival(t, r, a, 3, arrival{"a", "", ""})
 
 	r.Release(a)
-	for _, c := range r.live(nil) {
+	for _, c := range r.live(&r.byAge) {
 		finish(c, Idle)
 	}
 	again := r.Retain(WebSocket, "a")
@@ -208,7 +208,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	delete(want, "refused_total websocket route_gone gone")
 	expect("with a route gone", want)
 
-	for _, c := range r.live(nil) {
+	for _, c := range r.live(&r.byAge) {
 		finish(c, Idle)
 	}
 	r.Shutdown(t.Context())

@@ -139,7 +139,7 @@ func TestLimits(t *testing.T) {
 				for i, a := range tt.arrivals {
 					wantArrival(t, r, routes[a.route], i, a)
 				}
-				for _, c := range r.live(nil) {
+				for _, c := range r.live(&r.byAge) {
 					finish(c, Idle)
 				}
 				wantNothingCounted(t, r)

@@ -125,8 +125,8 @@ func TestPagesUnderChurn(t *testing.T) {
 				t.Fatalf("seed %d: got %s %d times, want once", seed, id, n)
 			}
 		}
-		if len(r.order) > 2*len(live)+65 {
-			t.Errorf("seed %d: got %d slots for %d connections", seed, len(r.order), len(live))
+		if len(r.byAge.slots) > 2*len(live)+65 {
+			t.Errorf("seed %d: got %d slots for %d connections", seed, len(r.byAge.slots), len(live))
 		}
 	}
 }

@@ -12,8 +12,9 @@ import (
 // order and with the last one due when it ends, so that their clients do not
 // all return at once.
 func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
-	conns := r.live(route)
-	paced(conns, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
+	now := time.Now()
+	conns := r.live(&route.byAge)
+	paced(conns, now, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
 	return len(conns)
 }
 
@@ -22,7 +23,7 @@ func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
 	var conns []*Conn
 	now := time.Now()
-	r.scan("", func(c *Conn) bool {
+	r.scan(&r.byAge, "", func(c *Conn) bool {
 		if f.selects(c, now) {
 			conns = append(conns, c)
 		}
@@ -34,7 +35,7 @@ func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
 		}
 		return len(conns)
 	}
-	paced(conns, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
+	paced(conns, now, window, func(c *Conn, at time.Time) { c.closeBy(at, e) })
 	return len(conns)
 }
 
@@ -44,21 +45,35 @@ func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
 // spread again, lest they all go at once when there is one. It returns how many are
 // to move.
 func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
-	var leaving []*Conn
-	from := make(map[*Conn]string)
-	for _, c := range r.live(route) {
-		up, planned := c.Upstream(), !c.PlannedMove().IsZero()
+	type seat struct {
+		c                *Conn
+		upstream         string
+		planned, overdue bool
+	}
+	var taken []seat
+	now := time.Now()
+	r.scan(&route.byAge, "", func(c *Conn) bool {
+		if s := (seat{c, c.upstreamKey(), !c.moveAt.IsZero(), c.moveOverdue(now)}); s.upstream != "" || s.planned {
+			taken = append(taken, s)
+		}
+		return true
+	})
+	left := make(map[string]bool)
+	var leaving []seat
+	for _, s := range taken {
+		goes, known := left[s.upstream]
+		if !known {
+			goes = s.upstream != "" && leaves(s.upstream)
+			left[s.upstream] = goes
+		}
 		switch {
-		case up != "" && leaves(up):
-			if !planned || c.moveOverdue() {
-				leaving = append(leaving, c)
-				from[c] = up
-			}
-		case planned:
-			c.moveFrom(up, time.Time{})
+		case goes && (!s.planned || s.overdue):
+			leaving = append(leaving, s)
+		case !goes && s.planned:
+			s.c.moveFrom(s.upstream, time.Time{})
 		}
 	}
-	paced(leaving, window, func(c *Conn, at time.Time) { c.moveFrom(from[c], at) })
+	paced(leaving, now, window, func(s seat, at time.Time) { s.c.moveFrom(s.upstream, at) })
 	return len(leaving)
 }
 
@@ -69,14 +84,16 @@ func (c *Conn) closeBy(at time.Time, e Ending) {
 	}
 }
 
-// paced gives each connection a time within window, evenly, in random order, the
-// last one when it ends.
-func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)) {
+// paced gives each connection a time within the window that began at a time, evenly, in
+// random order, the last one when it ends.
+func paced[C any](conns []C, began time.Time, window time.Duration, plan func(c C, at time.Time)) {
 	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
-	now := time.Now()
 	for i, c := range conns {
+		if i%restAfter == restAfter-1 {
+			time.Sleep(rest)
+		}
 		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
-		plan(c, now.Add(time.Duration(share*float64(window))))
+		plan(c, began.Add(time.Duration(share*float64(window))))
 	}
 }
 
@@ -85,9 +102,10 @@ func paced(conns []*Conn, window time.Duration, plan func(c *Conn, at time.Time)
 // planned keep that plan, but for one whose upstream was Unhealthy and is to be
 // left no more. It returns how many were added.
 func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason, window time.Duration) int {
+	now := time.Now()
 	var leaving []*Conn
 	why := make(map[*Conn]Ending)
-	for _, c := range r.live(route) {
+	for _, c := range r.live(&route.byAge) {
 		var reason Reason
 		if up := c.Upstream(); up != "" {
 			reason = leaves(up)
@@ -101,14 +119,14 @@ func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason,
 			c.CloseAt(time.Time{}, Ending{})
 		}
 	}
-	paced(leaving, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
+	paced(leaving, now, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
 	return len(leaving)
 }
 
 // KeepAll lifts what EndPaced and EndLeaving planned for connections of a route
 // that may stay at their upstream.
 func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
-	for _, c := range r.live(route) {
+	for _, c := range r.live(&route.byAge) {
 		if at, e := c.PlannedEnd(); !at.IsZero() && e.Reason != Admin && stays(c.Upstream()) {
 			c.CloseAt(time.Time{}, Ending{})
 		}
@@ -118,7 +136,7 @@ func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
 // ReconsiderAll tells the owners of a route's connections that its settings
 // have changed.
 func (r *Registry) ReconsiderAll(route *Route) {
-	for _, c := range r.live(route) {
+	for _, c := range r.live(&route.byAge) {
 		c.reg.mu.Lock()
 		owner := c.owner
 		c.reg.mu.Unlock()

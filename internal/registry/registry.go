@@ -18,7 +18,6 @@ import (
 	"context"
 	"errors"
 	"math"
-	"sort"
 	"sync"
 	"time"
 
@@ -43,8 +42,7 @@ type Registry struct {
 
 	mu       sync.Mutex
 	byID     map[string]*Conn
-	order    []slot // by age; the slots of connections that ended are empty
-	dead     int    // empty slots in order
+	byAge    byAge // the same
 	routes   map[routeKey]*Route
 	stopping bool
 	drained  chan struct{} // closed when stopping and the last record is gone
@@ -59,13 +57,6 @@ type Registry struct {
 	sweeper *time.Timer // nil until SetWatch
 
 	after []func() // what unlock does
-}
-
-// slot keeps a connection's place in the order of age. IDs grow with age, so a
-// page can go on after a connection that is gone.
-type slot struct {
-	id   string
-	conn *Conn
 }
 
 // New returns an empty registry.
@@ -112,7 +103,8 @@ func (r *Registry) Admit(route *Route, info Info, owner Owner) (*Conn, error) {
 	}
 	c.since = c.accepted
 	r.byID[c.id] = c
-	r.order = append(r.order, slot{c.id, c})
+	r.byAge.add(c)
+	route.byAge.add(c)
 	r.count(route, ip, 1)
 	r.metrics.admitted(c)
 	return c, nil
@@ -144,7 +136,7 @@ func (r *Registry) Shutdown(ctx context.Context) (cut int) {
 		close(r.drained)
 	}
 	r.mu.Unlock()
-	for _, c := range r.live(nil) {
+	for _, c := range r.live(&r.byAge) {
 		c.Close(Ending{Reason: Shutdown})
 	}
 	select {
@@ -152,7 +144,7 @@ func (r *Registry) Shutdown(ctx context.Context) (cut int) {
 		return 0
 	case <-ctx.Done():
 	}
-	left := r.live(nil)
+	left := r.live(&r.byAge)
 	for _, c := range left {
 		c.abort()
 	}
@@ -165,45 +157,6 @@ func (c *Conn) abort() {
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.Abort()
-}
-
-// live returns the connections of a route, or all for nil.
-func (r *Registry) live(route *Route) (conns []*Conn) {
-	r.scan("", func(c *Conn) bool {
-		if route == nil || c.route == route {
-			conns = append(conns, c)
-		}
-		return true
-	})
-	return conns
-}
-
-// scanAtOnce is how many places in the order of age are looked at before others may
-// have the lock.
-const scanAtOnce = 1000
-
-// scan calls f for each connection younger than the one with the id after, in order
-// of age, until f returns false. mu is held during each call, but not all the time:
-// one that comes or goes meanwhile may be seen or not.
-func (r *Registry) scan(after string, f func(c *Conn) (more bool)) {
-	for {
-		r.mu.Lock()
-		from := r.indexAfter(after)
-		some := r.order[from:min(from+scanAtOnce, len(r.order))]
-		for _, s := range some {
-			if s.conn != nil && !f(s.conn) {
-				r.unlock()
-				return
-			}
-		}
-		if len(some) > 0 {
-			after = some[len(some)-1].id
-		}
-		r.unlock()
-		if len(some) < scanAtOnce {
-			return
-		}
-	}
 }
 
 // unlock ends a critical section and then does what it has left to be done without
@@ -220,12 +173,8 @@ func (r *Registry) unlock() {
 // remove takes a closed connection out of the index. mu is held.
 func (r *Registry) remove(c *Conn) {
 	delete(r.byID, c.id)
-	i := r.indexAfter(c.id) - 1
-	r.order[i].conn = nil
-	r.dead++
-	if r.dead > len(r.byID)+64 {
-		r.compact()
-	}
+	r.byAge.remove(c)
+	c.route.byAge.remove(c)
 	r.count(c.route, r.countedIP(c.route, c.info.Client), -1)
 	r.dropUnused(c.route)
 	if !c.openedAt.IsZero() {
@@ -234,21 +183,4 @@ func (r *Registry) remove(c *Conn) {
 	if r.stopping && len(r.byID) == 0 {
 		close(r.drained)
 	}
-}
-
-// indexAfter returns the index in order of the first slot younger than id. mu is held.
-func (r *Registry) indexAfter(id string) int {
-	return sort.Search(len(r.order), func(i int) bool { return r.order[i].id > id })
-}
-
-// compact drops the empty slots; as many ended as are left, so its cost is
-// spread over them. mu is held.
-func (r *Registry) compact() {
-	kept := make([]slot, 0, 2*len(r.byID)+64)
-	for _, s := range r.order {
-		if s.conn != nil {
-			kept = append(kept, s)
-		}
-	}
-	r.order, r.dead = kept, 0
 }

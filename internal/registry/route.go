@@ -22,6 +22,7 @@ type Route struct {
 	key       routeKey
 	reg       *Registry
 	conns     int                  // guarded by Registry.mu, as is what follows
+	byAge     byAge                // its connections
 	declared  int                  // Retain calls without their Release
 	upstreams map[string]*Upstream // by key
 	limits    limits               // its own

@@ -68,7 +68,7 @@ func (r *Registry) sweepOn() {
 // sweeper_found_total, which is zero unless there is a bug.
 func (r *Registry) Sweep() {
 	began := time.Now()
-	r.scan("", func(c *Conn) bool {
+	r.scan(&r.byAge, "", func(c *Conn) bool {
 		c.sweep(began)
 		return true
 	})

@@ -108,10 +108,9 @@ func (c *Conn) PlannedMove() time.Time {
 }
 
 // moveOverdue reports whether a planned move has had its time and was not possible.
-func (c *Conn) moveOverdue() bool {
-	c.reg.mu.Lock()
-	defer c.reg.mu.Unlock()
-	return c.state == Open && !c.moveAt.IsZero() && time.Since(c.moveAt) > overdueAfter
+// Registry.mu is held.
+func (c *Conn) moveOverdue(now time.Time) bool {
+	return c.state == Open && !c.moveAt.IsZero() && now.Sub(c.moveAt) > overdueAfter
 }
 
 // overdueAfter is how late the owner of a connection may be on a busy machine.

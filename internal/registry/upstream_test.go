@@ -151,7 +151,7 @@ func TestRetainAndRelease(t *testing.T) {
 	if _, err := r.Admit(route, Info{Kind: WebSocket}, new(owner)); err != nil {
 		t.Errorf("got error %v from Admit to a route that came back, want none", err)
 	}
-	for _, c := range r.live(nil) {
+	for _, c := range r.live(&r.byAge) {
 		finish(c, Idle)
 	}
 	if c.Route() != route {

@@ -82,7 +82,7 @@ type Filter struct {
 func (r *Registry) List(f Filter, limit int, after string) (page []View, next string) {
 	now := time.Now()
 	page = []View{}
-	r.scan(after, func(c *Conn) bool {
+	r.scan(&r.byAge, after, func(c *Conn) bool {
 		switch {
 		case !f.selects(c, now):
 		case len(page) == limit:
@@ -131,23 +131,34 @@ func (r *Registry) Stats() Stats {
 		ByKind: map[Kind]int{}, ByRoute: map[string]int{}, ByUpstream: map[string]int{},
 		ByState: map[string]int{}, ClosedByReason: map[Reason]uint64{}, AgeSeconds: Ages{LE: map[string]int{}},
 	}
-	younger := make([]int, len(ageBuckets))
-	r.scan("", func(c *Conn) bool {
+	// By what is cheap to count by while others wait for the lock.
+	routes, upstreams := make(map[*Route]int), make(map[*Upstream]int)
+	states, younger := make([]int, stateCount), make([]int, len(ageBuckets))
+	r.scan(&r.byAge, "", func(c *Conn) bool {
 		s.Total++
-		s.ByKind[c.info.Kind]++
-		s.ByRoute[c.route.key.name]++
-		s.ByState[c.state.String()]++
+		routes[c.route]++
+		states[c.state]++
 		if c.upstream != nil {
-			s.ByUpstream[c.upstream.Name()]++
+			upstreams[c.upstream]++
 		}
 		age := now.Sub(c.opened()).Seconds()
-		for i, bound := range ageBuckets {
-			if age <= bound {
-				younger[i]++
-			}
+		for i := len(ageBuckets) - 1; i >= 0 && age <= ageBuckets[i]; i-- {
+			younger[i]++
 		}
 		return true
 	})
+	for t, n := range routes {
+		s.ByKind[t.key.kind] += n
+		s.ByRoute[t.key.name] += n
+	}
+	for u, n := range upstreams {
+		s.ByUpstream[u.Name()] += n
+	}
+	for state, n := range states {
+		if n > 0 {
+			s.ByState[State(state).String()] = n
+		}
+	}
 	for i, bound := range ageBuckets {
 		s.AgeSeconds.LE[strconv.FormatFloat(bound, 'f', -1, 64)] = younger[i]
 	}

@@ -110,7 +110,11 @@ func skipMessage(r *bufio.Reader) error {
 // runSession runs a session with the default settings over two legs.
 func runSession(b *testing.B, client, backend Conn) (done <-chan struct{}) {
 	b.Helper()
-	reg := registry.New()
+	return runSessionIn(b, registry.New(), client, backend)
+}
+
+func runSessionIn(b *testing.B, reg *registry.Registry, client, backend Conn) (done <-chan struct{}) {
+	b.Helper()
 	route := reg.Retain(registry.WebSocket, "bench")
 	rec, err := reg.Admit(route, registry.Info{Kind: registry.WebSocket, Protocol: "h1"}, opening{})
 	if err != nil {

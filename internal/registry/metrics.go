@@ -102,7 +102,9 @@ func (m *metrics) collectors() []prometheus.Collector {
 func (m *metrics) bind(t *Route) {
 	for _, d := range []Direction{In, Out} {
 		t.bytes[d] = m.bytesTotal.WithLabelValues(string(t.key.kind), t.key.name, d.String())
-		t.messages[d] = m.messagesTotal.WithLabelValues(t.key.name, d.String())
+		if t.key.kind == WebSocket {
+			t.messages[d] = m.messagesTotal.WithLabelValues(t.key.name, d.String())
+		}
 	}
 }
 
@@ -115,9 +117,14 @@ func (m *metrics) forget(t *Route) {
 	m.refusedTotal.DeletePartialMatch(labels)
 	m.bytesTotal.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
-	for _, c := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
-		m.messagesTotal, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal, m.idleWarnings,
-	} {
+	// The rest is of one kind each. A route of the other kind may have got the name.
+	own := []interface{ DeletePartialMatch(prometheus.Labels) int }{m.idleWarnings}
+	if t.key.kind == WebSocket {
+		own = []interface{ DeletePartialMatch(prometheus.Labels) int }{
+			m.messagesTotal, m.heldSeconds, m.resumesTotal, m.replayedTotal, m.movesTotal,
+		}
+	}
+	for _, c := range own {
 		c.DeletePartialMatch(prometheus.Labels{"route": t.key.name})
 	}
 }

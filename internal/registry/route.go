@@ -29,7 +29,7 @@ type Route struct {
 	lifts     lifts
 
 	bytes    [2]prometheus.Counter
-	messages [2]prometheus.Counter
+	messages [2]prometheus.Counter // nil unless it is a route of WebSockets
 }
 
 // Retain returns the route of that name, made if there is none, and keeps it

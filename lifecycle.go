@@ -216,6 +216,7 @@ func (l *lifecycle) retain(g *generation) {
 func (l *lifecycle) apply(g *generation) {
 	l.registry.ReplayMemory.SetLimit(g.replayMemory)
 	l.registry.SetLimits(g.limits, g.ipv6Prefix)
+	l.registry.SetWatch(g.watch)
 	for _, d := range g.routes {
 		c := d.config.common()
 		d.route.SetLimits(c.limits)

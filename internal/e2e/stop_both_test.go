@@ -20,9 +20,6 @@ import (
 	"github.com/gobwas/ws"
 )
 
-// logsNotices are global options that have Caddy log what the registry notices.
-const logsNotices = "log notices {\n include connection_registry\n level INFO\n}\n"
-
 // stopReport is what Caddy logs when it has ended all connections.
 type stopReport struct {
 	Msg        string

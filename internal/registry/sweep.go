@@ -40,11 +40,12 @@ type Notices interface {
 func (r *Registry) SetWatch(w Watch) {
 	r.mu.Lock()
 	defer r.unlock()
+	was := r.watch.period()
 	r.watch, r.pressure.percent = w, w.Pressure
 	r.feel()
 	if r.sweeper == nil {
 		r.sweeper = time.AfterFunc(w.period(), r.sweepOn)
-	} else {
+	} else if w.period() != was { // reloads that come often do not put it off
 		r.sweeper.Reset(w.period())
 	}
 }

@@ -117,3 +117,18 @@ func TestLongLived(t *testing.T) {
 		n.want(t)
 	})
 }
+
+// Reloads that follow each other sooner than sweeps do not put these off.
+func TestSweepsAreNotPutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, n := New(), new(noticed)
+		w := Watch{LongLived: time.Hour, Notices: n}
+		r.SetWatch(w)
+		defer r.sweeper.Stop()
+		c := opened(t, r, r.Retain(WebSocket, "a"), new(owner), "app:80")
+		for began := time.Now(); time.Since(began) < time.Hour+sweepPeriod; time.Sleep(sweepPeriod / 5) {
+			r.SetWatch(w)
+		}
+		n.want(t, "old "+c.ID())
+	})
+}

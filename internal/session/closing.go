@@ -49,6 +49,7 @@ var farewells = map[registry.Reason]farewell{
 	registry.Poison:         {codeInternalError, codeNone, "a message breaks the backends"},
 	registry.Shutdown:       {codeServiceRestart, codeGoingAway, "server shutting down"},
 	registry.Admin:          {codeGoingAway, codeGoingAway, ""},
+	registry.Pressure:       {codeTryAgainLater, codeGoingAway, "too many connections"},
 }
 
 // vanished is the reason when the peer of l is gone without a close frame.

@@ -214,6 +214,11 @@ var endings = []ending{
 		reason: registry.Admin, client: "4000 moved", backend: "1001", silent: time.Second,
 	},
 	{
+		// Not that it can happen: pressure ends none that is not ending already.
+		name: "pressure", cause: func(r *rig) { r.rec.Close(registry.Ending{Reason: registry.Pressure}) },
+		reason: registry.Pressure, client: "1013 too many connections", backend: "1001", silent: time.Second,
+	},
+	{
 		name: "admin in the middle of messages", cause: func(r *rig) {
 			r.client.send(r.client.frame(false, 0, ws.OpText, []byte("begun")))
 			r.backend.send(r.backend.binary(200_000)[:100_000])

@@ -97,21 +97,23 @@ func checkName(name string) error {
 	return nil
 }
 
-// start puts a generation in force: the settings of its routes count from now
-// on, for live connections too. Connections whose route has come back stay.
+// start puts a generation in force. If an older one is, that one's settings count
+// until it stops: the reload may yet fail, and a limit that ends a live connection
+// cannot be taken back.
 func (l *lifecycle) start(g *generation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.retain(g)
 	l.started = append(l.started, g)
-	l.apply(g)
 	if len(l.started) == 1 {
+		l.apply(g)
 		l.settle(g)
 	}
 }
 
-// stop takes a generation back. The newest one that is left is in force again,
-// which is the roll-back of a reload that failed. Routes that nobody declares
+// stop takes a generation back. The settings of the newest one that is left count
+// from now on, for live connections too: after a reload that is the next one, and
+// after one that failed the same as before. Routes that nobody declares
 // any more are gone: their connections are closed within the orphan timeout.
 // Upstreams that a route has lost are left within its drain window.
 func (l *lifecycle) stop(g *generation) {
@@ -200,11 +202,16 @@ func (l *lifecycle) retain(g *generation) {
 	if len(l.started) == 0 {
 		l.registry.SetLimits(g.limits, g.ipv6Prefix)
 	}
+	for _, s := range l.started { // g's connections use upstreams that these may not have
+		for _, d := range s.routes {
+			d.config.common().alone.Store(false)
+		}
+	}
 	for name, d := range g.routes {
 		c := d.config.common()
 		d.route = l.registry.Retain(c.kind, name)
 		// The first settings of a new route; a route in force keeps its own
-		// until this generation starts.
+		// until the older generation stops.
 		if d.route.Settings.CompareAndSwap(nil, d.config) {
 			d.route.SetLimits(c.limits)
 		}
@@ -212,7 +219,8 @@ func (l *lifecycle) retain(g *generation) {
 	}
 }
 
-// apply lets the settings of a generation count. mu is held.
+// apply lets the settings of a generation count, for live connections too. Those
+// whose route has come back stay. mu is held.
 func (l *lifecycle) apply(g *generation) {
 	l.registry.ReplayMemory.SetLimit(g.replayMemory)
 	l.registry.SetLimits(g.limits, g.ipv6Prefix)
@@ -227,7 +235,7 @@ func (l *lifecycle) apply(g *generation) {
 	}
 }
 
-// settle makes the upstreams of a generation the only ones: no older config may
+// settle makes the upstreams of a generation the only ones: no other config may
 // come back. mu is held.
 func (l *lifecycle) settle(g *generation) {
 	for _, d := range g.routes {
@@ -273,8 +281,8 @@ type routeCommon struct {
 	log    bool // whether there is an access log
 	logger *zap.Logger
 
-	// alone is set once no older config is in force: only then do connections
-	// leave upstreams that the route has no more.
+	// alone is set while no other config is in use: only then do connections
+	// leave upstreams that the route does not have.
 	alone atomic.Bool
 }
 

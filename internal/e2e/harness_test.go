@@ -352,10 +352,27 @@ func startBinaryAt(t testing.TB, at proxy, caddyfile string) *process {
 			t.Logf("Caddy's log:\n%s", p.log)
 		}
 	})
-	if !eventually(20*time.Second, func() bool { return reachable(p.addr) && reachable(p.admin) }) {
+	if !eventually(20*time.Second, func() bool { return reachable(p.addr) && p.loaded() }) {
 		t.Fatal("Caddy does not come up")
 	}
 	return p
+}
+
+// loaded reports whether all apps of the first config have started: the admin endpoint
+// is there before that, and does not show the config.
+func (p *process) loaded() bool {
+	req, err := http.NewRequest(http.MethodGet, "http://"+p.admin+"/config/", nil)
+	if err != nil {
+		return false
+	}
+	req.Close = true // as in request
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	return err == nil && strings.TrimSpace(string(body)) != "null"
 }
 
 // wait owns waiting for the process; it ends with it.

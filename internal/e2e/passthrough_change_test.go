@@ -30,7 +30,7 @@ func layer4Servers(globals string, servers ...layer4Server) string {
 // Each setting of a live tunnel counts from a reload on: shortened, it ends what is over;
 // lengthened, it spares what would have been, also what had been warned.
 func TestPassthroughChangedSettings(t *testing.T) {
-	const limit, outlived = 5 * time.Second, 6500 * time.Millisecond
+	const limit, outlived = 4 * time.Second, 5 * time.Second
 	echoes := echoBackend(t, nil)
 	mute := tcpBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, struct{ io.Reader }{conn}) })
 	deaf := tcpBackend(t, func(conn net.Conn) { // which has nothing to say when its client has ended
@@ -93,6 +93,7 @@ func TestPassthroughChangedSettings(t *testing.T) {
 	for _, c := range cases {
 		if c.want != "" {
 			wantEnd(t, c.conn)
+			c.conn.Close()
 			ends[c.want]++
 		}
 	}
@@ -100,7 +101,8 @@ func TestPassthroughChangedSettings(t *testing.T) {
 		p.waitReason(t, reason, before[reason], n)
 	}
 	if !eventually(30*time.Second, func() bool {
-		return !slices.ContainsFunc(p.connections(t), func(c connection) bool { return c.Idle < outlived.Seconds() })
+		all := p.connections(t)
+		return len(all) > 0 && !slices.ContainsFunc(all, func(c connection) bool { return c.Idle < outlived.Seconds() })
 	}) {
 		t.Errorf("connections: got %+v, want all idle for long", p.connections(t))
 	}
@@ -135,9 +137,11 @@ func pacedConns(t *testing.T, addr string, n int) (conns []*net.TCPConn, wantPac
 		ended := make([]time.Duration, n)
 		var all sync.WaitGroup
 		for i, c := range conns {
+			_ = c.SetDeadline(time.Now().Add(window + 30*time.Second))
 			all.Go(func() {
 				wantEnd(t, c)
 				ended[i] = time.Since(began)
+				c.Close()
 			})
 		}
 		all.Wait()
@@ -157,7 +161,7 @@ func pacedConns(t *testing.T, addr string, n int) (conns []*net.TCPConn, wantPac
 // Tunnels of an upstream that is gone, or of a route that is gone or has another name, end
 // one after the other over orphan_timeout; those of others do not notice.
 func TestPassthroughOrphansArePaced(t *testing.T) {
-	const n, window = 30, 1500 * time.Millisecond
+	const n, window = 20, time.Second
 	one, two := echoBackend(t, nil), echoBackend(t, nil)
 	a, b := freeAddr(t), freeAddr(t)
 	config := func(first, second string) string {
@@ -206,7 +210,7 @@ func TestPassthroughOrphansArePaced(t *testing.T) {
 
 // An upstream that comes back while its tunnels are being closed keeps those that are left.
 func TestPassthroughUpstreamBackInTime(t *testing.T) {
-	const n, window = 40, 4 * time.Second
+	const n, window = 50, 2500 * time.Millisecond
 	one, two := echoBackend(t, nil), echoBackend(t, nil)
 	globals := fmt.Sprintf("connection_registry {\n orphan_timeout %v\n}", window)
 	route := func(to string) string { return toAll(to + " {\n name tunnels\n lb_policy first\n}") }
@@ -267,6 +271,7 @@ func TestPassthroughServerMoves(t *testing.T) {
 				}
 			} else {
 				wantEnd(t, c)
+				c.Close()
 				p.waitReason(t, "orphan", before, 1)
 			}
 			wantEcho(t, next, "still")

@@ -29,8 +29,8 @@ var live = &lifecycle{registry: registry.New(), checkers: health.NewCheckers()}
 
 // lifecycle decides what a config's coming and going means for connections.
 // During a reload two configs serve at once, and the newer one may yet fail;
-// so nothing irreversible happens when one starts, and all of it, the end of
-// connections whose route is gone, happens when one stops.
+// so what live connections are told, which cannot be taken back, is told when
+// the older one stops: Caddy does that when all of the newer one has started.
 type lifecycle struct {
 	registry *registry.Registry
 	checkers *health.Checkers // active health checks, shared by configs that have the same
@@ -97,9 +97,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// start puts a generation in force. If an older one is, that one's settings count
-// until it stops: the reload may yet fail, and a limit that ends a live connection
-// cannot be taken back.
+// start adds a generation. It is in force once it is the only one.
 func (l *lifecycle) start(g *generation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -111,9 +109,8 @@ func (l *lifecycle) start(g *generation) {
 	}
 }
 
-// stop takes a generation back. The settings of the newest one that is left count
-// from now on, for live connections too: after a reload that is the next one, and
-// after one that failed the same as before. Routes that nobody declares
+// stop takes a generation back. The one that is left is in force: the newer one
+// or, if a reload has failed, the older one as before. Routes that nobody declares
 // any more are gone: their connections are closed within the orphan timeout.
 // Upstreams that a route has lost are left within its drain window.
 func (l *lifecycle) stop(g *generation) {
@@ -202,16 +199,16 @@ func (l *lifecycle) retain(g *generation) {
 	if len(l.started) == 0 {
 		l.registry.SetLimits(g.limits, g.ipv6Prefix)
 	}
-	for _, s := range l.started { // g's connections use upstreams that these may not have
-		for _, d := range s.routes {
-			d.config.common().alone.Store(false)
+	for _, older := range l.started {
+		for _, d := range older.routes {
+			d.config.common().alone.Store(false) // an upstream that it lacks may be one that this one has
 		}
 	}
 	for name, d := range g.routes {
 		c := d.config.common()
 		d.route = l.registry.Retain(c.kind, name)
 		// The first settings of a new route; a route in force keeps its own
-		// until the older generation stops.
+		// until this generation is the only one.
 		if d.route.Settings.CompareAndSwap(nil, d.config) {
 			d.route.SetLimits(c.limits)
 		}
@@ -220,7 +217,7 @@ func (l *lifecycle) retain(g *generation) {
 }
 
 // apply lets the settings of a generation count, for live connections too. Those
-// whose route has come back stay. mu is held.
+// whose route or upstream has come back stay. mu is held.
 func (l *lifecycle) apply(g *generation) {
 	l.registry.ReplayMemory.SetLimit(g.replayMemory)
 	l.registry.SetLimits(g.limits, g.ipv6Prefix)
@@ -281,8 +278,8 @@ type routeCommon struct {
 	log    bool // whether there is an access log
 	logger *zap.Logger
 
-	// alone is set while no other config is in use: only then do connections
-	// leave upstreams that the route does not have.
+	// alone is set while there is no other config: only then do connections leave
+	// upstreams that the route does not have.
 	alone atomic.Bool
 }
 

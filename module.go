@@ -162,7 +162,7 @@ func (a *ConnectionRegistry) Validate() error {
 	)
 }
 
-// Start makes this config's routes and settings the ones in force.
+// Start adds this config's routes. Its settings are in force when no older config is.
 func (a *ConnectionRegistry) Start() error {
 	live.start(a.generation)
 	return nil

@@ -90,7 +90,7 @@ func TestReloadThatFailsMovesNobody(t *testing.T) {
 			}
 		}
 		if n%3 == 2 {
-			p.reload(t, p.siteConfig("", site(a)+"\n# "+strings.Repeat("x", n)))
+			p.reload(t, p.siteConfig("", site(a)+fmt.Sprintf("\nheader X-Config %d", n)))
 		}
 	}
 	pass(500 * time.Millisecond)

@@ -20,7 +20,7 @@ func TestMetrics(t *testing.T) {
 	c := rawDial(t, p.addr, "")
 	c.send(t, ws.OpText, "hello")
 	_, _, _ = c.receive()
-	p.reload(t, p.siteConfig(globals, site("first")+"\n# unrelated"))
+	p.reload(t, p.siteConfig(globals, site("first")+"\nheader X-Unrelated yes"))
 	d := rawDial(t, p.addr, "")
 	p.wantMetrics(t, map[string]string{
 		`caddy_connections_active{kind="websocket",route="first",state="open"}`:        "2",

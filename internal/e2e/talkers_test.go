@@ -22,7 +22,8 @@ type talker struct {
 	id      int
 	ctx     context.Context
 	conn    *websocket.Conn
-	quiet   bool // it wants no echoes
+	quiet   bool          // it wants no echoes
+	pause   time.Duration // between messages, and up to one and a half times as much more
 	sent    atomic.Int64
 	echoed  atomic.Int64
 	quit    chan struct{} // closed by finish
@@ -64,7 +65,7 @@ func dialTalker(t testing.TB, p *proxy, id int, target string) *talker {
 		t.Fatalf("client %d: %v", id, err)
 	}
 	k := &talker{
-		id: id, ctx: ctx, conn: conn, quiet: !strings.Contains(target, "echo"),
+		id: id, ctx: ctx, conn: conn, quiet: !strings.Contains(target, "echo"), pause: 20 * time.Millisecond,
 		quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{}),
 	}
 	t.Cleanup(func() { _ = k.conn.CloseNow(); <-k.over })
@@ -74,7 +75,7 @@ func dialTalker(t testing.TB, p *proxy, id int, target string) *talker {
 
 func (k *talker) start() { go k.send() }
 
-// send owns writing: a message every 20 to 50 ms. It ends with the connection, or by
+// send owns writing: a message after each pause. It ends with the connection, or by
 // quit.
 func (k *talker) send() {
 	defer close(k.sending)
@@ -92,7 +93,7 @@ func (k *talker) send() {
 			return
 		}
 		k.sent.Add(1)
-		timer.Reset(20*time.Millisecond + rand.N(30*time.Millisecond))
+		timer.Reset(k.pause + rand.N(k.pause*3/2))
 	}
 }
 

@@ -125,11 +125,11 @@ func TestHealthEvents(t *testing.T) {
 	site := "websocket_proxy " + to + " " + b.addr + " {\n health_interval 100ms\n health_ws /health\n}"
 	notes.take()
 	p := startCaddy(t, globals, site)
-	for range 2 {
+	for n := range 2 {
 		a.answer("/health", answers(response(503, "no")))
 		notes.want(t, "unhealthy http.handlers.websocket_proxy map[host:"+to+"]")
 		p.waitHealth(t, slack, map[string]bool{to: false, b.addr: true})
-		p.reload(t, p.siteConfig(globals, site+"\n# another config"))
+		p.reload(t, p.siteConfig(globals, site+fmt.Sprintf("\nheader X-Config %d", n)))
 		a.answer("/health", nil)
 		notes.want(t, "healthy http.handlers.websocket_proxy map[host:"+to+"]")
 	}

@@ -212,6 +212,15 @@ func TestHalfOpenTimeoutCountsFromTheEOF(t *testing.T) {
 			})
 		})
 	}
+	t.Run("shorter than the clock's period", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r, client, _ := memRig(t, Settings{HalfOpenTimeout: activePeriod / 5}, 100)
+			pass(time.Minute)
+			_ = client.CloseWrite()
+			r.wantEndAfter(time.Now(), activePeriod/5, activePeriod/5, registry.HalfOpenTimeout)
+			wantEOF(t, client)
+		})
+	})
 	t.Run("both ended", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r, client, backend := memRig(t, set, 100)

@@ -94,7 +94,11 @@ func (t *Tunnel) ended(p *pump) bool {
 		t.eofAt = t.now()
 	}
 	both := p.to.finished
-	t.lookIn(0)
+	// Not at once: most that end one way end the other way soon.
+	t.lookIn(activePeriod)
+	if limit := t.route.Settings().HalfOpenTimeout; limit > 0 {
+		t.lookIn(limit)
+	}
 	t.mu.Unlock()
 	if !both {
 		t.rec.HalfClose()

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"io"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -18,13 +19,14 @@ func TestIdleTunnelHoldsNoPipe(t *testing.T) {
 	const tunnels = 100
 	before := openPipes(t)
 	var rigs []*rig
+	ping, pong := strings.Repeat("ping", 50_000), strings.Repeat("pong", 50_000) // few bytes need none
 	for range tunnels {
 		r, client, backend := tcpRig(t, Settings{}, "")
 		for range 3 {
-			send(t, client, "ping")
-			wantText(t, backend, "ping")
-			send(t, backend, "pong")
-			wantText(t, client, "pong")
+			send(t, client, ping)
+			wantText(t, backend, ping)
+			send(t, backend, pong)
+			wantText(t, client, pong)
 		}
 		rigs = append(rigs, r)
 	}
@@ -45,6 +47,35 @@ func TestIdleTunnelHoldsNoPipe(t *testing.T) {
 	if got := openPipes(t) - before; got != 0 {
 		t.Errorf("got %d ends of pipes after the last tunnel, want none", got)
 	}
+}
+
+// As many bytes as come in one TLS record are copied, more are not.
+func TestOnlyManyBytesTakeAPipe(t *testing.T) {
+	before := openPipes(t)
+	r, client, backend := tcpRig(t, Settings{}, "")
+	for _, size := range []int{1, 100, fewBytes - 1} {
+		few := strings.Repeat("x", size)
+		send(t, client, few)
+		wantText(t, backend, few)
+		send(t, backend, few)
+		wantText(t, client, few)
+	}
+	if got := openPipes(t) - before; got != 0 {
+		t.Errorf("got %d ends of pipes after few bytes, want none", got)
+	}
+	many := strings.Repeat("x", 1<<20)
+	all := make(chan struct{})
+	go func() {
+		defer close(all)
+		_, _ = io.WriteString(client, many)
+	}()
+	wantText(t, backend, many)
+	<-all
+	if got := openPipes(t) - before; got != 2 {
+		t.Errorf("got %d ends of pipes after many bytes, want those of one", got)
+	}
+	_, _ = client.CloseWrite(), backend.CloseWrite()
+	r.wantEnd(testTimeout, registry.EOF)
 }
 
 func await(t *testing.T, what string, ok func() bool) {

@@ -29,8 +29,11 @@ func hungUp(conn any) bool {
 		if _, err := unix.Poll(fds, 0); err != nil {
 			return err
 		}
+		if fds[0].Revents&unix.POLLHUP == 0 {
+			return nil
+		}
 		domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-		hup = fds[0].Revents&unix.POLLHUP != 0 && domain != unix.AF_UNIX
+		hup = err == nil && domain != unix.AF_UNIX
 		return err
 	})
 	return hup

@@ -1,22 +1,32 @@
-// This file holds the carrier that leaves the bytes in the kernel.
+// This file holds the carrier that leaves the bytes in the kernel, if they are many.
 
 package tunnel
 
 import (
 	"io"
 	"net"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// spliced moves bytes between two TCP sockets through a pipe. The runtime's poller
-// is edge-triggered: it may be waited for only after a splice has said EAGAIN.
-// That also means "the pipe is full", so the pipe is emptied before it is filled
-// again.
+// fewBytes is up to how many bytes that come at once are copied: for less than that, two
+// splices cost more than a read and a write. It is that of the largest TLS record.
+const fewBytes = 16<<10 + 256 + 5
+
+var smallBuffers = sync.Pool{New: func() any { return new([fewBytes]byte) }}
+
+// spliced moves bytes between two TCP sockets: through a pipe while they come in large
+// amounts, else through a buffer. The runtime's poller is edge-triggered: it may be
+// waited for only after a read or a splice has said EAGAIN. That also means "the
+// pipe is full", so the pipe is emptied before it is filled again.
 type spliced struct {
 	p    *pump
-	pipe pipe // while there is something to carry
-	n    int  // bytes in the pipe
+	many bool            // came the last time: a pipe is worth it
+	pipe pipe            // while there is something to carry in it …
+	buf  *[fewBytes]byte // … or in this
+	done int             // bytes of buf that were written
+	n    int             // bytes to carry
 
 	// Bound once, because a method value is an allocation.
 	pull, push func(fd uintptr) bool
@@ -65,7 +75,15 @@ func (s *spliced) drop() {
 	if s.pipe.open() {
 		pipes.put(s.pipe, s.n == 0)
 	}
+	s.giveBuffer()
 	s.pipe, s.n = pipe{}, 0
+}
+
+func (s *spliced) giveBuffer() {
+	if s.buf != nil {
+		smallBuffers.Put(s.buf)
+		s.buf = nil
+	}
 }
 
 func (s *spliced) close() {
@@ -73,36 +91,61 @@ func (s *spliced) close() {
 	pipes.leave()
 }
 
-// fromSocket fills the pipe. It returns false if the socket has nothing: the
+// fromSocket takes what the socket has. It returns false if that is nothing: the
 // caller waits, and calls it again.
 func (s *spliced) fromSocket(fd uintptr) bool {
-	if !s.pipe.open() {
-		var ok bool
-		if s.pipe, ok = pipes.get(); !ok {
-			s.err = errOtherCarrier
-			return true
-		}
+	var again bool
+	var err error
+	if s.many {
+		again, err = s.fillPipe(int(fd))
+	} else {
+		again, err = s.fillBuffer(fd)
 	}
-	n, err := splice(int(fd), s.pipe.w, min(s.limit, pipeSize))
 	switch {
-	case err == unix.EAGAIN:
+	case again:
 		s.drop()
 		return false
-	case err == unix.EINVAL || err == unix.ENOSYS:
-		s.err = errOtherCarrier
 	case err != nil:
 		s.err = err
-	case n == 0:
+	case s.n == 0:
 		s.err = io.EOF
 	}
-	s.n = n
+	s.many = s.n >= fewBytes
 	return true
 }
 
-// toSocket empties the pipe. It returns false if the socket has no room.
+func (s *spliced) fillBuffer(fd uintptr) (again bool, err error) {
+	if s.buf == nil {
+		s.buf = smallBuffers.Get().(*[fewBytes]byte)
+	}
+	s.done = 0
+	s.n, again, err = readRaw(fd, s.buf[:min(s.limit, fewBytes)])
+	return again, err
+}
+
+func (s *spliced) fillPipe(fd int) (again bool, err error) {
+	s.giveBuffer()
+	if !s.pipe.open() {
+		var ok bool
+		if s.pipe, ok = pipes.get(); !ok {
+			return false, errOtherCarrier
+		}
+	}
+	switch s.n, err = splice(fd, s.pipe.w, min(s.limit, pipeSize)); err {
+	case unix.EAGAIN:
+		return true, nil
+	case unix.EINVAL, unix.ENOSYS:
+		return false, errOtherCarrier
+	default:
+		return false, err
+	}
+}
+
+// toSocket gives the other socket what there is. It returns false if that has no
+// room: the caller waits, and calls it again.
 func (s *spliced) toSocket(fd uintptr) bool {
 	for s.n > 0 {
-		n, err := splice(s.pipe.r, int(fd), s.n)
+		n, err := s.put(int(fd))
 		if err == unix.EAGAIN {
 			s.p.waits()
 			return false
@@ -120,6 +163,21 @@ func (s *spliced) toSocket(fd uintptr) bool {
 		s.p.goesOn()
 	}
 	return true
+}
+
+// put writes what it can of what there is: in the buffer, if there is one.
+func (s *spliced) put(fd int) (n int, err error) {
+	if s.buf == nil {
+		return splice(s.pipe.r, fd, s.n)
+	}
+	for {
+		n, err = unix.Write(fd, s.buf[s.done:s.done+s.n])
+		if err != unix.EINTR {
+			n = max(n, 0)
+			s.done += n
+			return n, err
+		}
+	}
 }
 
 func splice(from, to, n int) (int, error) {

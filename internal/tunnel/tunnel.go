@@ -75,6 +75,7 @@ func New(rec *registry.Conn, route Route, client, backend net.Conn, early []byte
 	t.backend.init(backend)
 	t.up = pump{t: t, from: &t.client, to: &t.backend, way: registry.In, early: early}
 	t.down = pump{t: t, from: &t.backend, to: &t.client, way: registry.Out}
+	t.lifeBegins = t.now()
 	t.timer = time.AfterFunc(dormant, t.tick)
 	return t
 }
@@ -82,9 +83,6 @@ func New(rec *registry.Conn, route Route, client, backend net.Conn, early []byte
 // Run relays until the end and returns when nothing of the connection is left.
 // It is called once, after the record was opened with t as its owner.
 func (t *Tunnel) Run() {
-	t.mu.Lock()
-	t.lifeBegins = t.now()
-	t.mu.Unlock()
 	t.Reconsider()
 	t.pumps.Go(t.down.run)
 	t.up.run()

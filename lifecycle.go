@@ -288,10 +288,13 @@ func (c *routeCommon) common() *routeCommon { return c }
 // Upstreams implements registry.Pool.
 func (c *routeCommon) Upstreams() []registry.UpstreamState { return c.pool.Upstreams() }
 
+// Logs implements registry.Log.
+func (c *routeCommon) Logs() bool { return c.log }
+
 // Ended implements registry.Log: it writes the access log. A WebSocket that no upstream
 // has accepted ends without a reason; HTTP's own access log has that.
 func (c *routeCommon) Ended(v registry.View) {
-	if !c.log || v.Reason == "" {
+	if v.Reason == "" {
 		return
 	}
 	fields := []zap.Field{

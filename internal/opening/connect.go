@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,6 +15,9 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/tunnel"
 )
+
+// watchAfter is how long an upstream is dialed before the client is watched meanwhile.
+const watchAfter = 10 * time.Millisecond
 
 // Connect tries upstreams until one accepts the connection. Meanwhile nobody reads
 // the client; if it leaves, that is the opening's end.
@@ -61,11 +63,13 @@ func (c *Config) connect(ctx context.Context, t *pool.Target) (net.Conn, error) 
 	return conn, err
 }
 
-// watch ends the opening when the client leaves, until it is stopped.
+// watch ends the opening when the client leaves, until it is stopped. Most upstreams
+// answer before it begins, and spare it.
 func (o *Opening) watch(client net.Conn) (stop func()) {
 	ctx, cancel := context.WithCancel(o.ctx)
-	var watcher sync.WaitGroup
-	watcher.Go(func() {
+	done := make(chan struct{})
+	watcher := time.AfterFunc(watchAfter, func() {
+		defer close(done)
 		switch info, gone := sock.Watch(ctx, client); {
 		case gone && info.Reset:
 			o.Fail(registry.Reset)
@@ -75,7 +79,9 @@ func (o *Opening) watch(client net.Conn) (stop func()) {
 	})
 	return func() {
 		cancel()
-		watcher.Wait() // what it sees later is for the tunnel to find
+		if !watcher.Stop() {
+			<-done // what it sees later is for the tunnel to find
+		}
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
+	"sync"
 	"time"
 
 	"github.com/mholt/caddy-l4/layer4"
@@ -127,21 +127,23 @@ func buffered(cx *layer4.Connection) ([]byte, error) {
 	if err := cx.SetReadDeadline(past); err != nil {
 		return nil, err
 	}
-	early := make([]byte, 0, layer4.MaxBufLen)
+	scratch := scratches.Get().(*[layer4.MaxBufLen]byte)
+	defer scratches.Put(scratch)
+	var early []byte
 	for {
-		n, err := cx.Read(early[len(early):cap(early)])
-		early = early[:len(early)+n]
+		n, err := cx.Read(scratch[:])
+		early = append(early, scratch[:n]...)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return slices.Clip(slices.Clone(early)), cx.SetDeadline(time.Time{})
+			return early, cx.SetDeadline(time.Time{})
 		}
 		if err != nil {
 			return nil, fmt.Errorf("reading what was matched: %w", err)
 		}
-		if len(early) == cap(early) {
-			early = slices.Grow(early, layer4.MaxBufLen)
-		}
 	}
 }
+
+// scratches are large enough for all that matching reads.
+var scratches = sync.Pool{New: func() any { return new([layer4.MaxBufLen]byte) }}
 
 // prefixed is a connection that begins with bytes that were read of it.
 type prefixed struct {

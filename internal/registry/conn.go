@@ -198,7 +198,7 @@ func (c *Conn) done() {
 	if !c.enter(Closed, time.Time{}) {
 		return
 	}
-	if log, ok := c.route.Settings.Load().(Log); ok {
+	if log, ok := c.route.Settings.Load().(Log); ok && log.Logs() {
 		last := c.view(time.Now())
 		c.reg.after = append(c.reg.after, func() { log.Ended(last) })
 	}
@@ -211,7 +211,11 @@ func (c *Conn) done() {
 
 // Log is what a route's Settings may be, to be told of each connection that has
 // ended, when nothing of it is left.
-type Log interface{ Ended(last View) }
+type Log interface {
+	// Logs reports whether it is to be told at all.
+	Logs() bool
+	Ended(last View)
+}
 
 // CloseAt plans the connection's end, replacing an earlier plan; a zero time
 // lifts it.

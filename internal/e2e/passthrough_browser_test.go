@@ -52,7 +52,7 @@ func TestPassthroughBrowser(t *testing.T) {
 	if _, err := g.open(ctx, target{URL: strings.Replace(origin, "https", "wss", 1) + "/echo"}); err != nil {
 		t.Fatal(err)
 	}
-	const rounds = 150
+	const rounds = 120
 	var sent uint64
 	for i := range rounds {
 		for _, kind := range []string{"text", "binary"} {

@@ -52,7 +52,7 @@ func TestChainTellsTheClient(t *testing.T) {
 		}
 		wantEcho(t, conn, "hello")
 		h := <-headers
-		if h == nil || fmt.Sprint("v", h.Version) != lane[len(lane)-2:] || h.SourceAddr.String() != conn.LocalAddr().String() {
+		if h == nil || h.SourceAddr == nil || fmt.Sprint("v", h.Version) != lane[len(lane)-2:] || h.SourceAddr.String() != conn.LocalAddr().String() {
 			t.Errorf("%s: the backend got %+v, want %v", lane, h, conn.LocalAddr())
 		} else if tlvs, err := h.TLVs(); h.Version == 2 && (err != nil || len(tlvs) != 1 || string(tlvs[0].Value) != lane+".chain.test") {
 			t.Errorf("%s: the backend got TLVs %q, %v; want the name", lane, tlvs, err)
@@ -118,8 +118,8 @@ func TestChainOfMixedProtocols(t *testing.T) {
 	}
 }
 
-// named is the client that true headers name, and spoofed one that no hop may believe.
-const named, spoofed = "198.51.100.7", "203.0.113.66"
+// spoofed is a client that no hop may believe in.
+const spoofed = "203.0.113.66"
 
 // headerCase is what a peer sends before its TLS.
 type headerCase struct {
@@ -131,7 +131,8 @@ type headerCase struct {
 	required, allowed string
 }
 
-func headerCases() []headerCase {
+// headerCases are those where true headers name a client.
+func headerCases(named string) []headerCase {
 	const spoof = "PROXY TCP4 " + spoofed + " 192.0.2.8 4711 443\r\n"
 	// v2 is a header with a command, a family and what follows, whose length it may belie.
 	v2 := func(command, family byte, length int, rest string) string {
@@ -197,7 +198,7 @@ func TestChainWrongHeaders(t *testing.T) {
 			toSNI("*.chain.test", fmt.Sprintf("%s {\n name %s\n max_connections %d\n log\n}", backend, name, room)))
 	}
 	p := startBinaryAt(t, at, at.siteConfig("log all {\noutput file "+log+"\nlevel DEBUG\n}\nlayer4 {\n"+servers.String()+"}", "respond ok"))
-	good := strings.Replace(headerCases()[0].bytes, named, "198.51.100.1", 1)
+	good := headerOf("192.0.2.1")
 	var lasting []*tls.Conn
 	for _, addr := range addrs {
 		conn, err := asksSNI(t, "127.0.0.1", addr, good, "lasting.chain.test", a)
@@ -207,9 +208,14 @@ func TestChainWrongHeaders(t *testing.T) {
 		lasting = append(lasting, conn)
 	}
 	var all sync.WaitGroup
-	for _, tt := range headerCases() {
+	for i := range headerCases(spoofed) {
 		for server, addr := range addrs {
-			trusted := map[string]string{"required": tt.required, "allowed": tt.allowed}[server]
+			tt := headerCases(fmt.Sprint("198.51.100.", 100+i))[i] // each has a client of its own
+			trusted := tt.required
+			if server == "allowed" {
+				tt = headerCases(fmt.Sprint("198.51.100.", 200+i))[i]
+				trusted = tt.allowed
+			}
 			all.Go(func() { p.sendHeader(t, tt, "127.0.0.1", addr, trusted, a) })
 			// Who may not send one is served without, and closed with one, which is no TLS.
 			stranger := ""
@@ -289,6 +295,7 @@ func (p *process) sendHeader(t *testing.T, tt headerCase, from, addr, want strin
 // A header that comes in pieces is read, or ends the connection: v1 wants to be sent at
 // once, and whether it came so is not for the sender to say.
 func TestChainSplitHeaders(t *testing.T) {
+	const named = "198.51.100.7"
 	a := newAuthority(t)
 	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
 	at := &hop{process: &process{proxy: proxy{addr: freeAddr(t), admin: freeAddr(t)}}, addr: freeAddr(t)}

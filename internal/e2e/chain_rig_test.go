@@ -7,6 +7,7 @@ package e2e
 import (
 	"bufio"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -237,8 +239,9 @@ func (c *laneClient) read() {
 	c.Close()
 }
 
-// ended wants that the client, which reads, has heard the end.
-func (c *laneClient) ended(t testing.TB, what string) {
+// ended wants that the client, which reads, has heard the end: one that it cannot take for
+// a good one, if reset is true.
+func (c *laneClient) ended(t testing.TB, what string, reset bool) {
 	t.Helper()
 	select {
 	case <-c.done:
@@ -248,6 +251,9 @@ func (c *laneClient) ended(t testing.TB, what string) {
 	}
 	if timeout, ok := c.err.(net.Error); ok && timeout.Timeout() {
 		t.Errorf("%s: the client got no end, but %v", what, c.err)
+	}
+	if reset && !errors.Is(c.err, syscall.ECONNRESET) {
+		t.Errorf("%s: the client got %v, want a reset", what, c.err)
 	}
 }
 

@@ -96,7 +96,6 @@ func TestChainCloses(t *testing.T) {
 	conf := &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}}
 	for _, n := range []int{2, 3} {
 		t.Run(fmt.Sprint(n, " hops"), func(t *testing.T) {
-			t.Parallel()
 			backend, mortal := startLaneBackend(t, conf), freeAddr(t)
 			processes := map[string]*exec.Cmd{"backend-killed": python(t, pythonEcho, mortal, a.file("backend.crt"), a.file("backend.key"))}
 			lanes := []string{"stays"}
@@ -137,7 +136,7 @@ func TestChainCloses(t *testing.T) {
 				c.waitRoute(t, e.lane, 0)
 				for _, client := range inside[e.lane] {
 					if !e.deaf {
-						client.ended(t, e.lane)
+						client.ended(t, e.lane, e.lane == "backend-resets")
 					}
 				}
 				c.wantReasons(t, e)
@@ -190,7 +189,7 @@ func TestChainTimeoutsDiffer(t *testing.T) {
 	for _, e := range ends {
 		c.waitRoute(t, e.lane, 0)
 		for _, client := range inside[e.lane] {
-			client.ended(t, e.lane)
+			client.ended(t, e.lane, false)
 		}
 		c.wantReasons(t, e)
 	}
@@ -215,7 +214,7 @@ func (c *chain) testLosses(t *testing.T, a *authority, backend *laneBackend) {
 				t.Fatal(err)
 			}
 			for _, client := range clients {
-				client.ended(t, what)
+				client.ended(t, what, false)
 			}
 			<-h.exited
 			c.waitEmpty(t, i)

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -92,6 +93,8 @@ type ConnectionRegistry struct {
 	logger     *zap.Logger
 	generation *generation
 	ordinals   map[string]int // handlers without a name, by server
+	running    chan struct{}  // closed by started, when all apps have started
+	started    func()
 }
 
 // CaddyModule returns the module's information.
@@ -107,6 +110,8 @@ func (*ConnectionRegistry) CaddyModule() caddy.ModuleInfo {
 func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 	a.logger = ctx.Logger()
 	a.ordinals = make(map[string]int)
+	a.running = make(chan struct{})
+	a.started = sync.OnceFunc(func() { close(a.running) })
 	a.generation = &generation{
 		orphanTimeout:   settings.DurationOr(a.OrphanTimeout, defaultOrphanTimeout),
 		shutdownTimeout: settings.DurationOr(a.ShutdownTimeout, defaultShutdownTimeout),
@@ -135,9 +140,11 @@ func (a *ConnectionRegistry) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting events app: %w", err)
 	}
-	// The event comes before any app is stopped, so neither the order in which
+	// "stopping" comes before any app is stopped, so neither the order in which
 	// apps stop nor the http app's grace period delays the close frames.
-	return events.(*caddyevents.App).On("stopping", a)
+	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
+		Events: []string{"started", "stopping"}, Handlers: []caddyevents.Handler{a},
+	})
 }
 
 // Validate refuses settings that mean nothing.
@@ -183,9 +190,12 @@ func (a *ConnectionRegistry) Cleanup() error {
 }
 
 // Handle ends all connections when the process stops. Reloads, which emit the
-// same event, leave them alone.
-func (a *ConnectionRegistry) Handle(context.Context, caddy.Event) error {
-	if caddy.Exiting() {
+// same event, leave them alone. Once all apps have started it lets events out.
+func (a *ConnectionRegistry) Handle(_ context.Context, e caddy.Event) error {
+	switch {
+	case e.Name() == "started":
+		a.started()
+	case caddy.Exiting():
 		live.shutdown(a.generation)
 	}
 	return nil

@@ -237,6 +237,11 @@ func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) 
 	if err != nil {
 		return nil, fmt.Errorf("getting events app: %w", err)
 	}
+	app, err := ctx.App("connection_registry")
+	if err != nil {
+		return nil, err
+	}
+	running := app.(*ConnectionRegistry).running
 	config := pool.Config{
 		Dynamic:          s.source,
 		Policy:           policy,
@@ -256,7 +261,13 @@ func (s *poolSettings) provision(ctx caddy.Context, left func(*registry.Route)) 
 			if healthy {
 				name = "healthy"
 			}
-			events.(*caddyevents.App).Emit(ctx, name, map[string]any{"host": upstream})
+			// Checks begin before the events app has started, which has no lock for what
+			// its start changes.
+			select {
+			case <-running:
+				events.(*caddyevents.App).Emit(ctx, name, map[string]any{"host": upstream})
+			case <-ctx.Done():
+			}
 		},
 	}
 	for _, u := range s.upstreams {

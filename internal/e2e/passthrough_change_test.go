@@ -290,11 +290,9 @@ func TestPassthroughDrainAndReload(t *testing.T) {
 	p, addr := startLayer4(t, "connection_registry {\n orphan_timeout 0\n}", route("1m"))
 	c := dialTCP(t, addr)
 	wantEcho(t, c, "hello")
-	res, err := http.Post("http://"+p.admin+"/connections/drain", "application/json", strings.NewReader(`{"upstream":"`+one+`"}`))
-	if err != nil {
-		t.Fatal(err)
+	if status, body, err := p.post("/connections/drain", "application/json", []byte(`{"upstream":"`+one+`"}`)); status != http.StatusOK {
+		t.Fatalf("drain: got %d %s, %v", status, body, err)
 	}
-	res.Body.Close()
 	p.reload(t, p.layer4Config(addr, "connection_registry {\n orphan_timeout 0\n}", route("2m")))
 	next := dialTCP(t, addr)
 	wantEcho(t, next, "hello")

@@ -27,6 +27,7 @@ type loggedStop struct {
 // not found an upstream yet, is over within shutdown_timeout and a second; those that
 // listen get a FIN.
 func TestPassthroughStopWithTheDead(t *testing.T) {
+	t.Parallel() // with nothing but itself: each runs a Caddy of its own, and mostly waits
 	for name, stop := range map[string]func(p *process) error{
 		"caddy stop": func(p *process) error {
 			path, _ := binary()
@@ -35,7 +36,7 @@ func TestPassthroughStopWithTheDead(t *testing.T) {
 		"SIGTERM": func(p *process) error { return p.cmd.Process.Signal(syscall.SIGTERM) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel() // they mostly wait
+			t.Parallel()
 			testStopWithTheDead(t, stop)
 		})
 	}

@@ -40,9 +40,10 @@ func helloFor(t testing.TB, name string) []byte {
 
 // uncleanWorld is what unclean clients may connect to.
 type uncleanWorld struct {
-	site, secure, plain string // addresses
-	ca                  *authority
-	hello, mute         []byte // ClientHellos for the two names
+	site, plain     string // addresses
+	secure, patient string // likewise; the latter has a longer matching_timeout
+	ca              *authority
+	hello, mute     []byte // ClientHellos for the two names
 }
 
 // uncleanWays are how clients live, and leave: most of them at once.
@@ -66,7 +67,7 @@ var uncleanWays = []func(w *uncleanWorld, random *rand.Rand) error{
 	func(w *uncleanWorld, _ *rand.Rand) error { return w.leave(w.plain, make([]byte, 200_000), true) },
 	// Well-behaved ones, which must not notice the others.
 	func(w *uncleanWorld, _ *rand.Rand) error { return w.behave(w.plain, false) },
-	func(w *uncleanWorld, _ *rand.Rand) error { return w.behave(w.secure, true) },
+	func(w *uncleanWorld, _ *rand.Rand) error { return w.behave(w.patient, true) },
 }
 
 func half(hello []byte, random *rand.Rand) []byte { return hello[:1+random.IntN(len(hello)-1)] }
@@ -142,12 +143,14 @@ func TestPassthroughUncleanClients(t *testing.T) {
 	const clients, limit = 1000, 500
 	ca := newAuthority(t)
 	secure := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "one.test", "one.test", "mute.test")}})
-	w := &uncleanWorld{secure: freeAddr(t), plain: freeAddr(t), ca: ca, hello: helloFor(t, "one.test"), mute: helloFor(t, "mute.test")}
+	w := &uncleanWorld{secure: freeAddr(t), patient: freeAddr(t), plain: freeAddr(t), ca: ca, hello: helloFor(t, "one.test"), mute: helloFor(t, "mute.test")}
 	limits := func(name string) string {
 		return fmt.Sprintf("name unclean-%s\n max_connections %d\n max_connections_per_ip %d", name, limit, limit)
 	}
+	toOne := toSNI("one.test", secure+" {\n "+limits("tls")+"\n}")
 	p := startCaddy(t, layer4Servers("metrics",
-		layer4Server{w.secure, "matching_timeout 1s\n" + toSNI("one.test", secure+" {\n "+limits("tls")+"\n}") +
+		layer4Server{w.patient, "matching_timeout 30s\n" + toOne},
+		layer4Server{w.secure, "matching_timeout 1s\n" + toOne +
 			toSNI("mute.test", secure+" {\n name unclean-mute\n keep_alive_treatment standard\n inactivity_timeout 300ms\n inactivity_grace 0\n}")},
 		layer4Server{w.plain, toAll(echoBackend(t, nil) + " {\n " + limits("plain") + "\n}")},
 	), "websocket_proxy "+rawBackend(t, echoRaw))
@@ -184,7 +187,7 @@ func TestPassthroughUncleanClients(t *testing.T) {
 	for route, c := range map[string]struct {
 		addr string
 		says []byte
-	}{"unclean-tls": {w.secure, w.hello}, "unclean-plain": {w.plain, []byte("hello")}} {
+	}{"unclean-tls": {w.patient, w.hello}, "unclean-plain": {w.plain, []byte("hello")}} {
 		var conns []*net.TCPConn
 		for range limit {
 			c2 := dialTCP(t, c.addr)

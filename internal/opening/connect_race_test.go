@@ -84,13 +84,13 @@ func (d *doors) pair(t *testing.T) (far, near *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for s.RemoteAddr().String() != c.LocalAddr().String() {
+	if s.RemoteAddr().String() != c.LocalAddr().String() {
 		t.Fatal("got another client's connection")
 	}
 	return c.(*net.TCPConn), s.(*net.TCPConn)
 }
 
-// leaving is what ends a connection.
+// leavings are what ends a connection: its client, or a decision made here.
 var leavings = []func(far *net.TCPConn, o *Opening){
 	func(far *net.TCPConn, _ *Opening) { far.Close() },
 	func(far *net.TCPConn, _ *Opening) { _ = far.SetLinger(0); far.Close() },
@@ -132,9 +132,10 @@ func TestClientLeavesAsTheUpstreamAccepts(t *testing.T) {
 				return &pool.Target{Place: place, Addr: addr, Dial: func(ctx context.Context) (net.Conn, error) {
 					// Before it is dialed, after that, or without asking whether it is still wanted.
 					kind := random.IntN(3)
-					if kind == 0 {
+					switch kind {
+					case 0:
 						pause(delay)
-					} else if kind == 2 {
+					case 2:
 						ctx = context.WithoutCancel(ctx)
 					}
 					conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr.Dial())

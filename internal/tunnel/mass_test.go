@@ -27,8 +27,8 @@ func TestMassInactivityIsSpread(t *testing.T) {
 			after = append(after, r.decided.Sub(due))
 		}
 		slices.Sort(after)
-		for tenth := range time.Duration(10) {
-			from, to := tenth*grace/100, (tenth+1)*grace/100
+		for from := time.Duration(0); from < grace/10; from += grace / 100 {
+			to := from + grace/100
 			n := 0
 			for _, d := range after {
 				if d >= from && d < to {

@@ -250,8 +250,8 @@ func (c *passthroughConfig) opening(route *registry.Route, client *passthrough.C
 	}
 }
 
-// leave ends connections: they cannot move.
-func (c *passthroughConfig) leave(route *registry.Route, alone bool) int {
+// leave ends connections: they cannot move. Those of a drained upstream run on.
+func (c *passthroughConfig) leave(route *registry.Route, alone bool, _ string) int {
 	leaves := func(upstream string) registry.Reason { return c.leaves(upstream, alone) }
 	n := live.registry.EndLeaving(route, leaves, c.orphanTimeout)
 	if n > 0 {

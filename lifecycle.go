@@ -201,7 +201,7 @@ func (l *lifecycle) retain(g *generation) {
 	}
 	for _, older := range l.started {
 		for _, d := range older.routes {
-			d.config.common().alone.Store(false) // an upstream that it lacks may be one that this one has
+			d.config.common().alone.Store(false) // what it lacks, this one may have
 		}
 	}
 	for name, d := range g.routes {
@@ -238,21 +238,27 @@ func (l *lifecycle) settle(g *generation) {
 	for _, d := range g.routes {
 		// Planned for all, evenly, before any of them may plan for itself; and for
 		// those that were opened in between.
-		d.config.leave(d.route, true)
+		d.config.leave(d.route, true, "")
 		d.config.common().alone.Store(true)
-		d.config.leave(d.route, true)
+		d.config.leave(d.route, true, "")
 	}
 }
 
 // drain sets whether upstreams of a name are drained, in one route or, for "", in
 // all, and returns how many connections are there to move.
 func (l *lifecycle) drain(upstream, route string, drain bool) (conns int, found bool) {
-	routes := l.registry.Drain(upstream, route, drain)
-	for _, r := range routes {
-		if c, ok := r.Settings.Load().(routeConfig); ok {
-			conns += c.leave(r, c.common().alone.Load())
+	plan := func(routes []*registry.Route, drained string) {
+		for _, r := range routes {
+			if c, ok := r.Settings.Load().(routeConfig); ok {
+				conns += c.leave(r, c.common().alone.Load(), drained)
+			}
 		}
 	}
+	if drain { // as in settle
+		plan(l.registry.RoutesTo(upstream, route), upstream)
+	}
+	routes := l.registry.Drain(upstream, route, drain)
+	plan(routes, "")
 	return conns, len(routes) > 0
 }
 
@@ -262,9 +268,9 @@ type routeConfig interface {
 	registry.Pool
 	common() *routeCommon
 	// leave plans for live connections to leave upstreams that are to be left, which
-	// are those that the config does not have too if it is alone. It returns how many
-	// are to move to others.
-	leave(route *registry.Route, alone bool) int
+	// are those that the config does not have too if it is alone, and those that are
+	// about to be drained. It returns how many are to move to others.
+	leave(route *registry.Route, alone bool, drained string) int
 	// stays reports whether connections may stay at the upstream with a key.
 	stays(upstream string) bool
 }
@@ -317,7 +323,7 @@ func (c *routeCommon) Ended(v registry.View) {
 func whenLeft(c routeConfig) func(*registry.Route) {
 	return func(route *registry.Route) {
 		if route.Settings.Load() == any(c) { // else it does not matter any more
-			c.leave(route, c.common().alone.Load())
+			c.leave(route, c.common().alone.Load(), "")
 		}
 	}
 }
@@ -331,8 +337,8 @@ type webSocketConfig struct {
 	concurrency      int
 }
 
-func (c *webSocketConfig) leave(route *registry.Route, alone bool) int {
-	leaves := func(upstream string) bool { return c.leaves(route, upstream, alone) }
+func (c *webSocketConfig) leave(route *registry.Route, alone bool, drained string) int {
+	leaves := func(up string) bool { return registry.UpstreamName(up) == drained || c.leaves(route, up, alone) }
 	n := live.registry.MovePaced(route, leaves, c.settings.DrainWindow)
 	if n > 0 {
 		c.logger.Info("moving connections away from their upstreams",

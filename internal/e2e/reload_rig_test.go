@@ -191,7 +191,7 @@ func (c *rawConn) speak(text string) error {
 	if _, err := c.Write(frame.Append(nil, ws.OpText, []byte(text), true)); err != nil {
 		return err
 	}
-	h, got, err := c.receive()
+	h, got, err := c.receiveData()
 	if err != nil {
 		return err
 	}
@@ -204,6 +204,18 @@ func (c *rawConn) speak(text string) error {
 		return fmt.Errorf("got %v %q, want an echo of %q", h.OpCode, got, text)
 	}
 	return nil
+}
+
+// receiveData is receive, and answers the pings that come before.
+func (c *rawConn) receiveData() (h ws.Header, payload string, err error) {
+	for {
+		if h, payload, err = c.receive(); err != nil || h.OpCode != ws.OpPing {
+			return h, payload, err
+		}
+		if _, err = c.Write(frame.Append(nil, ws.OpPong, []byte(payload), c.client)); err != nil {
+			return h, payload, err
+		}
+	}
 }
 
 // bye closes in good order.

@@ -254,7 +254,7 @@ func (c *chatter) run(t testing.TB) {
 		}
 		want := strconv.FormatInt(c.sent.Load(), 10)
 		c.conn.send(t, ws.OpText, want)
-		h, got, err := c.conn.receive()
+		h, got, err := c.conn.receiveData()
 		if err != nil || h.OpCode != ws.OpText || got != want {
 			c.err = fmt.Errorf("message %s: got %v %q, %w", want, h.OpCode, got, err)
 			return

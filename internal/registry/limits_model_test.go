@@ -32,7 +32,12 @@ func TestRandomLimits(t *testing.T) {
 		limitAtRandom(t, seed, outcomes)
 	}
 	t.Logf("outcomes: %v", outcomes)
-	if n > 1 && len(outcomes) < 6 {
+	for _, o := range []string{"told of pressure", "cut", "closed by pressure"} {
+		if n > 1 && outcomes[o] == 0 {
+			t.Errorf("got outcomes %v, want some %s: the test is void", outcomes, o)
+		}
+	}
+	if n > 1 && len(outcomes) < 9 {
 		t.Errorf("got outcomes %v, want the four limits, a route gone and admission: the test is void", outcomes)
 	}
 }
@@ -42,6 +47,7 @@ type counted struct {
 	route  string
 	client string
 	rec    *Conn
+	life   *life
 }
 
 // reference is what limits say, by counting all connections at every question.
@@ -52,6 +58,7 @@ type reference struct {
 	own     map[string]Limits
 	conns   []counted
 	refused map[string]float64 // as in refused_total
+	pressed
 }
 
 var limitedClients = []string{
@@ -68,19 +75,21 @@ func limitAtRandom(t *testing.T, seed uint64, outcomes map[string]int) {
 	last := map[string]*Route{} // also those that are gone
 	for step := range 300 {
 		name := names[rng.IntN(len(names))]
-		switch rng.IntN(16) {
+		switch rng.IntN(22) {
 		default:
 			route, info := last[name], Info{Kind: WebSocket, Client: limitedClients[rng.IntN(len(limitedClients))]}
 			if route == nil {
 				continue
 			}
 			want := ref.refusal(name, info.Client)
-			c, err := r.Admit(route, info, new(owner))
+			ref.arrives(name)
+			l := new(life)
+			c, err := r.Admit(route, info, &l.owner)
 			if got := outcome(err); got != want {
 				t.Fatalf("HOLDFAST_SEED=%d, step %d, %q at %s: got %q, want %q", seed, step, info.Client, name, got, want)
 			}
 			if err == nil {
-				ref.conns = append(ref.conns, counted{name, info.Client, c})
+				ref.conns = append(ref.conns, counted{name, info.Client, c, l})
 			} else if ref.knows(name) {
 				reason := "route_gone"
 				if limit, ok := errors.AsType[*LimitError](err); ok {
@@ -93,6 +102,7 @@ func limitAtRandom(t *testing.T, seed uint64, outcomes map[string]int) {
 		case 0, 1, 2, 3:
 			if len(ref.conns) > 0 {
 				i := rng.IntN(len(ref.conns))
+				ref.leaves(ref.conns[i].life)
 				finish(ref.conns[i].rec, Idle)
 				ref.conns = append(ref.conns[:i], ref.conns[i+1:]...)
 			}
@@ -112,8 +122,16 @@ func limitAtRandom(t *testing.T, seed uint64, outcomes map[string]int) {
 				r.Release(route)
 				delete(ref.routes, name)
 			}
+		case 8, 9, 10, 11:
+			if len(ref.conns) > 0 {
+				ref.goesOn(rng, ref.conns[rng.IntN(len(ref.conns))])
+			}
+		case 12:
+			ref.percent = []int{0, 1, 3, 50, 80, 90, 100}[rng.IntN(7)]
+			r.SetWatch(Watch{Pressure: ref.percent, Notices: &ref.noticed})
 		}
 		ref.forget(names)
+		ref.comparePressure(t, fmt.Sprintf("HOLDFAST_SEED=%d, step %d", seed, step))
 		ref.compare(t, r, last, fmt.Sprintf("HOLDFAST_SEED=%d, step %d", seed, step))
 	}
 	got := gathered(t, r)
@@ -126,6 +144,12 @@ func limitAtRandom(t *testing.T, seed uint64, outcomes map[string]int) {
 		finish(c.rec, Idle)
 	}
 	wantNothingCounted(t, r)
+	if r.sweeper != nil {
+		r.sweeper.Stop()
+	}
+	outcomes["told of pressure"] += ref.told
+	outcomes["cut"] += ref.cuts
+	outcomes["closed by pressure"] += ref.closed
 }
 
 func randomLimit(rng *rand.Rand, upTo int) *int {

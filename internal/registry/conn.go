@@ -129,7 +129,7 @@ func (c *Conn) Deadline() time.Time {
 func (c *Conn) Open(subprotocol string) bool {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
-	if !c.enter(Open, time.Time{}) {
+	if c.state != Connecting || !c.enter(Open, time.Time{}) {
 		return false
 	}
 	c.subprotocol, c.openedAt = subprotocol, c.since

@@ -251,9 +251,8 @@ func (c *passthroughConfig) opening(route *registry.Route, client *passthrough.C
 }
 
 // leave ends connections: they cannot move. Those of a drained upstream run on.
-func (c *passthroughConfig) leave(route *registry.Route, alone bool, _ string) int {
-	leaves := func(upstream string) registry.Reason { return c.leaves(upstream, alone) }
-	n := live.registry.EndLeaving(route, leaves, c.orphanTimeout)
+func (c *passthroughConfig) leave(route *registry.Route) int {
+	n := live.registry.EndLeaving(route, c.leaves, c.orphanTimeout)
 	if n > 0 {
 		c.logger.Info("closing connections of upstreams that are gone or unhealthy",
 			zap.String("route", route.Name()), zap.Int("count", n), zap.Duration("duration", c.orphanTimeout))
@@ -263,9 +262,9 @@ func (c *passthroughConfig) leave(route *registry.Route, alone bool, _ string) i
 
 // leaves is why connections may not stay at the upstream with a key; "": they may.
 // They stay at one that is being drained.
-func (c *passthroughConfig) leaves(upstream string, alone bool) registry.Reason {
+func (c *passthroughConfig) leaves(upstream string) registry.Reason {
 	switch {
-	case alone && !c.pool.Has(upstream):
+	case c.alone.Load() && !c.pool.Has(upstream):
 		return registry.Orphan
 	case c.closeUnhealthy && c.pool.Unhealthy(upstream):
 		return registry.Unhealthy
@@ -275,7 +274,7 @@ func (c *passthroughConfig) leaves(upstream string, alone bool) registry.Reason 
 }
 
 func (c *passthroughConfig) stays(upstream string) bool {
-	return c.pool.Has(upstream) && c.leaves(upstream, false) == ""
+	return c.pool.Has(upstream) && c.leaves(upstream) == ""
 }
 
 // liveTunnels is a route as its live tunnels see it: by the newest config.
@@ -299,7 +298,7 @@ func (r liveTunnels) Inactive(rec *registry.Conn, idle time.Duration) {
 // been on its way there when the others were told.
 func (r liveTunnels) stay(rec *registry.Conn) {
 	c := r.config()
-	if why := c.leaves(rec.Upstream(), c.alone.Load()); why != "" {
+	if why := c.leaves(rec.Upstream()); why != "" {
 		if at, _ := rec.PlannedEnd(); at.IsZero() {
 			rec.CloseAt(time.Now().Add(c.orphanTimeout), registry.Ending{Reason: why})
 		}

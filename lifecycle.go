@@ -236,29 +236,20 @@ func (l *lifecycle) apply(g *generation) {
 // come back. mu is held.
 func (l *lifecycle) settle(g *generation) {
 	for _, d := range g.routes {
-		// Planned for all, evenly, before any of them may plan for itself; and for
-		// those that were opened in between.
-		d.config.leave(d.route, true, "")
 		d.config.common().alone.Store(true)
-		d.config.leave(d.route, true, "")
+		d.config.leave(d.route)
 	}
 }
 
 // drain sets whether upstreams of a name are drained, in one route or, for "", in
 // all, and returns how many connections are there to move.
 func (l *lifecycle) drain(upstream, route string, drain bool) (conns int, found bool) {
-	plan := func(routes []*registry.Route, drained string) {
-		for _, r := range routes {
-			if c, ok := r.Settings.Load().(routeConfig); ok {
-				conns += c.leave(r, c.common().alone.Load(), drained)
-			}
+	routes := l.registry.Drain(upstream, route, drain)
+	for _, r := range routes {
+		if c, ok := r.Settings.Load().(routeConfig); ok {
+			conns += c.leave(r)
 		}
 	}
-	if drain { // as in settle
-		plan(l.registry.RoutesTo(upstream, route), upstream)
-	}
-	routes := l.registry.Drain(upstream, route, drain)
-	plan(routes, "")
 	return conns, len(routes) > 0
 }
 
@@ -267,10 +258,9 @@ func (l *lifecycle) drain(upstream, route string, drain bool) (conns int, found 
 type routeConfig interface {
 	registry.Pool
 	common() *routeCommon
-	// leave plans for live connections to leave upstreams that are to be left, which
-	// are those that the config does not have too if it is alone, and those that are
-	// about to be drained. It returns how many are to move to others.
-	leave(route *registry.Route, alone bool, drained string) int
+	// leave plans for live connections to leave upstreams that are to be left, and
+	// returns how many are to move to others.
+	leave(route *registry.Route) int
 	// stays reports whether connections may stay at the upstream with a key.
 	stays(upstream string) bool
 }
@@ -323,7 +313,7 @@ func (c *routeCommon) Ended(v registry.View) {
 func whenLeft(c routeConfig) func(*registry.Route) {
 	return func(route *registry.Route) {
 		if route.Settings.Load() == any(c) { // else it does not matter any more
-			c.leave(route, c.common().alone.Load(), "")
+			c.leave(route)
 		}
 	}
 }
@@ -337,9 +327,8 @@ type webSocketConfig struct {
 	concurrency      int
 }
 
-func (c *webSocketConfig) leave(route *registry.Route, alone bool, drained string) int {
-	leaves := func(up string) bool { return registry.UpstreamName(up) == drained || c.leaves(route, up, alone) }
-	n := live.registry.MovePaced(route, leaves, c.settings.DrainWindow)
+func (c *webSocketConfig) leave(route *registry.Route) int {
+	n := live.registry.MovePaced(route, func(upstream string) bool { return c.leaves(route, upstream) }, c.settings.DrainWindow)
 	if n > 0 {
 		c.logger.Info("moving connections away from their upstreams",
 			zap.String("route", route.Name()), zap.Int("count", n), zap.Duration("duration", c.settings.DrainWindow))
@@ -347,8 +336,8 @@ func (c *webSocketConfig) leave(route *registry.Route, alone bool, drained strin
 	return n
 }
 
-func (c *webSocketConfig) leaves(route *registry.Route, upstream string, alone bool) bool {
-	return alone && !c.pool.Has(upstream) || c.pool.Leaves(route, upstream)
+func (c *webSocketConfig) leaves(route *registry.Route, upstream string) bool {
+	return c.alone.Load() && !c.pool.Has(upstream) || c.pool.Leaves(route, upstream)
 }
 
 // stays: a WebSocket moves, and no end is planned for the sake of its upstream.
@@ -376,8 +365,7 @@ func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
 
 // Leaves implements opening.Pool.
 func (r liveRoute) Leaves(upstream string) bool {
-	c := r.config()
-	return c.leaves(r.route, upstream, c.alone.Load())
+	return r.config().leaves(r.route, upstream)
 }
 
 // Others implements opening.Pool.

@@ -1,8 +1,6 @@
 package holdfast
 
 import (
-	"fmt"
-	"slices"
 	"testing"
 
 	"go.uber.org/zap"
@@ -51,55 +49,22 @@ func TestTwoGenerations(t *testing.T) {
 	}
 }
 
-// Connections that a drain concerns are told when to leave before they see that it has
-// begun, and once more for those who have come in between: else they would plan for
-// themselves, and be neither spread nor counted.
-func TestDrainIsPlannedFirst(t *testing.T) {
-	l := &lifecycle{registry: registry.New()}
-	config := newRouteStub("app")
-	g := generationOf(config)
-	l.start(g)
-	l.route(g, registry.WebSocket, "app").Declare("a")
-	var got []string
-	config.seen = func(drained string) {
-		got = append(got, fmt.Sprintf("drained %q, draining %v", drained, l.registry.Upstreams()[0].Draining))
-	}
-	for _, tt := range []struct {
-		drain bool
-		conns int
-		want  []string
-	}{
-		{true, 2, []string{`drained "a", draining false`, `drained "", draining true`}},
-		{false, 1, []string{`drained "", draining false`}},
-	} {
-		got = nil
-		conns, found := l.drain("a", "", tt.drain)
-		if !slices.Equal(got, tt.want) || conns != tt.conns || !found {
-			t.Errorf("drain %v: got %d connections, found %v, plans with %q; want %d with %q", tt.drain, conns, found, got, tt.conns, tt.want)
-		}
-	}
-}
-
 // routeStub is what a config says about a route, and how often it had upstreams left
 // that only other configs have.
 type routeStub struct {
 	routeCommon
 	left int
-	seen func(drained string) // called by leave, unless it is nil
 }
 
 func newRouteStub(settings string) *routeStub {
 	return &routeStub{routeCommon: routeCommon{kind: registry.WebSocket, json: settings, pool: pool.New(pool.Config{})}}
 }
 
-func (s *routeStub) leave(_ *registry.Route, alone bool, drained string) int {
-	if alone {
+func (s *routeStub) leave(*registry.Route) int {
+	if s.alone.Load() {
 		s.left++
 	}
-	if s.seen != nil {
-		s.seen(drained)
-	}
-	return 1
+	return 0
 }
 
 func (s *routeStub) stays(string) bool { return true }

@@ -17,7 +17,7 @@ import (
 // What a limit ends is ended by a FIN, and told by its reason.
 func TestPassthroughTimeLimits(t *testing.T) {
 	mute := tcpBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, struct{ io.Reader }{conn}) })
-	talks := tcpBackend(t, chat)
+	talks := tcpBackend(t, trickle)
 	echoes := echoBackend(t, nil)
 	p, addr := startLayer4(t, "",
 		toSNI("stuck.test", mute+" {\n stuck_timeout 1s\n}")+
@@ -40,7 +40,7 @@ func TestPassthroughTimeLimits(t *testing.T) {
 	halfOpen, _ := dial("halfopen.test")
 	_ = halfOpen.CloseWrite()
 	aged, _ := dial("lifetime.test")
-	go chat(aged)
+	go trickle(aged)
 	for _, end := range []struct {
 		conn   *net.TCPConn
 		reason string
@@ -63,8 +63,8 @@ func TestPassthroughTimeLimits(t *testing.T) {
 	answered.Close()
 }
 
-// chat sends until that fails.
-func chat(conn net.Conn) {
+// trickle sends until that fails.
+func trickle(conn net.Conn) {
 	for {
 		if _, err := conn.Write([]byte("x")); err != nil {
 			return

@@ -62,6 +62,7 @@ type Conn struct {
 	closeAt     time.Time // when a paced end is due; zero: none planned
 	closeWhy    Ending
 	moveAt      time.Time // when a paced move is due; zero: none planned
+	ownPlan     bool      // the owner has planned it
 	ending      Ending
 	owner       Owner
 	upstream    *Upstream

@@ -12,13 +12,6 @@ import (
 	"time"
 )
 
-// allReasons are those of both kinds.
-var allReasons = []Reason{
-	ClientClosed, ClientGone, BackendClosed, BackendLost, ClientProtocol, BackendBroke, Idle, NoData, Lifetime, PingTimeout,
-	WriteTimeout, TooBig, ResumeTimeout, Overflow, InDoubt, Torn, Refused, Poison, Orphan, Shutdown, Admin, Pressure,
-	EOF, Reset, Dead, HalfOpenTimeout, Stuck, Dial, Unhealthy,
-}
-
 // C11: each trigger in each state of either kind ends a connection once, which is told
 // and counted by the first reason; all that it held is given back once.
 func TestEachTriggerInEachState(t *testing.T) {
@@ -165,6 +158,8 @@ func TestRandomLives(t *testing.T) {
 
 // logs is a route's settings that want to know of connections that have ended.
 type logs func(last View)
+
+func (logs) Logs() bool { return true }
 
 func (l logs) Ended(last View) { l(last) }
 

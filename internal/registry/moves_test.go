@@ -77,6 +77,44 @@ func TestMovePacedSpreadsEvenly(t *testing.T) {
 	}
 }
 
+// Who sees first that it has to go, and plans for itself, is spread with the others; once
+// its own time has come, or a plan was made for it, that holds.
+func TestMovePacedAfterOwnPlans(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := New()
+		route := r.Retain(WebSocket, "a")
+		var all []*Conn
+		for range 10 {
+			c := opened(t, r, route, new(owner), "old:80")
+			c.PlanMove(time.Now().Add(time.Second))
+			all = append(all, c)
+		}
+		due := opened(t, r, route, new(owner), "old:80")
+		at := due.PlanMove(time.Now())
+		if n := r.MovePaced(route, leaves("old:80"), 10*time.Second); n != len(all) {
+			t.Errorf("got %d to move, want all %d but the one that moves already", n, len(all))
+		}
+		if !due.PlannedMove().Equal(at) {
+			t.Errorf("got the one that moves already planned for %v, want %v", due.PlannedMove(), at)
+		}
+		spread := make(map[time.Time]bool)
+		for _, c := range all {
+			spread[c.PlannedMove()] = true
+		}
+		if len(spread) != len(all) {
+			t.Errorf("got %d times for %d connections, want them spread", len(spread), len(all))
+		}
+		for _, c := range all {
+			if before := c.PlannedMove(); !c.PlanMove(time.Now()).Equal(before) {
+				t.Error("got a plan replaced by the owner's own")
+			}
+		}
+		if n := r.MovePaced(route, leaves("old:80"), 10*time.Second); n != 0 {
+			t.Errorf("again: got %d to move, want none", n)
+		}
+	})
+}
+
 // A second reload leaves what is planned as it is, spreads those who have come since,
 // and lifts what is not needed any more.
 func TestMovePacedAgain(t *testing.T) {

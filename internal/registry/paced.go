@@ -42,18 +42,19 @@ func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
 // MovePaced plans for the connections of a route that use an upstream which
 // leaves to move to another one, spread like those of EndPaced, and lifts
 // such plans for all others. Those that found no other when their time came are
-// spread again, lest they all go at once when there is one. It returns how many are
-// to move.
+// spread again, lest they all go at once when there is one; and so are those that
+// were first to see that they have to go, and made plans of their own. It returns how
+// many are to move.
 func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, window time.Duration) int {
 	type seat struct {
-		c                *Conn
-		upstream         string
-		planned, overdue bool
+		c                  *Conn
+		upstream           string
+		planned, needsPlan bool
 	}
 	var taken []seat
 	now := time.Now()
 	r.scan(&route.byAge, "", func(c *Conn) bool {
-		if s := (seat{c, c.upstreamKey(), !c.moveAt.IsZero(), c.moveOverdue(now)}); s.upstream != "" || s.planned {
+		if s := (seat{c, c.upstreamKey(), !c.moveAt.IsZero(), c.needsPlan(now)}); s.upstream != "" || s.planned {
 			taken = append(taken, s)
 		}
 		return true
@@ -67,7 +68,7 @@ func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, wi
 			left[s.upstream] = goes
 		}
 		switch {
-		case goes && (!s.planned || s.overdue):
+		case goes && s.needsPlan:
 			leaving = append(leaving, s)
 		case !goes && s.planned:
 			s.c.moveFrom(s.upstream, time.Time{})

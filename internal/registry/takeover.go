@@ -86,18 +86,22 @@ func (c *Conn) MoveAt(at time.Time) { c.moveFrom(c.Upstream(), at) }
 func (c *Conn) moveFrom(upstream string, at time.Time) {
 	c.reg.mu.Lock()
 	if c.upstreamKey() == upstream {
-		c.moveAt = at
+		c.moveAt, c.ownPlan = at, false
 	}
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.Reconsider()
 }
 
-// PlanMove is MoveAt by the owner itself, which is not told.
-func (c *Conn) PlanMove(at time.Time) {
+// PlanMove is MoveAt by the owner itself, which has seen that it has to leave its
+// upstream, unless there is a plan. It returns what is planned then.
+func (c *Conn) PlanMove(at time.Time) time.Time {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
-	c.moveAt = at
+	if c.moveAt.IsZero() {
+		c.moveAt, c.ownPlan = at, true
+	}
+	return c.moveAt
 }
 
 // PlannedMove returns what MoveAt planned last.
@@ -107,10 +111,11 @@ func (c *Conn) PlannedMove() time.Time {
 	return c.moveAt
 }
 
-// moveOverdue reports whether a planned move has had its time and was not possible.
-// Registry.mu is held.
-func (c *Conn) moveOverdue(now time.Time) bool {
-	return c.state == Open && !c.moveAt.IsZero() && now.Sub(c.moveAt) > overdueAfter
+// needsPlan reports whether no move is planned, only the owner's own one that is yet to
+// come, or one that has had its time and was not possible. Registry.mu is held.
+func (c *Conn) needsPlan(now time.Time) bool {
+	late := now.Sub(c.moveAt)
+	return c.moveAt.IsZero() || c.ownPlan && late < 0 || c.state == Open && late > overdueAfter
 }
 
 // overdueAfter is how late the owner of a connection may be on a busy machine.

@@ -162,21 +162,7 @@ func (u *Upstream) forgive(now time.Time) {
 // Drain sets whether the upstreams of a name, in one route or, for "", in all that
 // have them, are being drained, and returns those routes. A drained upstream is
 // chosen for no connection.
-func (r *Registry) Drain(name, route string, drain bool) []*Route {
-	return r.routesTo(name, route, func(t *Route, u *Upstream) {
-		u.draining = drain
-		t.dropUpstream(u)
-	})
-}
-
-// RoutesTo returns the routes that Drain would.
-func (r *Registry) RoutesTo(name, route string) []*Route {
-	return r.routesTo(name, route, func(*Route, *Upstream) {})
-}
-
-// routesTo calls f, with mu held, for each upstream of a name in one route or, for "",
-// in all, and returns the routes that have one.
-func (r *Registry) routesTo(name, route string, f func(t *Route, u *Upstream)) (routes []*Route) {
+func (r *Registry) Drain(name, route string, drain bool) (routes []*Route) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, t := range r.routes {
@@ -187,7 +173,8 @@ func (r *Registry) routesTo(name, route string, f func(t *Route, u *Upstream)) (
 		for key, u := range t.upstreams {
 			if UpstreamName(key) == name {
 				found = true
-				f(t, u)
+				u.draining = drain
+				t.dropUpstream(u)
 			}
 		}
 		if found {

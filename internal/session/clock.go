@@ -152,8 +152,7 @@ func (s *Session) planned(now time.Duration, set *Settings) (due time.Duration) 
 		if !s.route.Leaves(b.upstream.Key()) {
 			return due
 		}
-		at = time.Now().Add(atRandom(set.DrainWindow))
-		s.rec.PlanMove(at)
+		at = s.rec.PlanMove(time.Now().Add(atRandom(set.DrainWindow)))
 	}
 	by := max(now+time.Until(at), s.moveAfter)
 	if by > now {

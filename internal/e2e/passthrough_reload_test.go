@@ -230,31 +230,83 @@ func TestPassthroughChangedKeepAlive(t *testing.T) {
 	c.Close()
 }
 
-// startFails is an app that cannot start, so that no config which has it can.
-type startFails struct{}
+// startHook is an app that does what a test says when it starts, after some of the other
+// apps and before the rest.
+type startHook struct{}
 
-func init() { caddy.RegisterModule(startFails{}) }
+// onStart is what it does; the test sets it.
+var onStart func() error
 
-func (startFails) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "start_fails", New: func() caddy.Module { return new(startFails) }}
+func init() { caddy.RegisterModule(startHook{}) }
+
+func (startHook) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "start_hook", New: func() caddy.Module { return new(startHook) }}
 }
 
-func (startFails) Start() error { return errors.New("this app cannot start") }
-func (startFails) Stop() error  { return nil }
+func (startHook) Start() error { return onStart() }
+func (startHook) Stop() error  { return nil }
 
-// wantLoadFails adapts a Caddyfile, adds an app that cannot start if starting is to fail,
-// and wants that the result is not loaded.
-func (p *proxy) wantLoadFails(t testing.TB, caddyfile string, starting bool) {
+// withHook adapts a Caddyfile and adds the app.
+func withHook(t testing.TB, caddyfile string) []byte {
 	t.Helper()
 	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), nil)
 	if err != nil {
 		t.Fatalf("adapting: %v\n%s", err, caddyfile)
 	}
-	if starting {
-		config = bytes.Replace(config, []byte(`"apps":{`), []byte(`"apps":{"start_fails":{},`), 1)
+	return bytes.Replace(config, []byte(`"apps":{`), []byte(`"apps":{"start_hook":{},`), 1)
+}
+
+// A connection that comes by the new config, while the old one still serves and does not
+// know its upstream, stays.
+func TestPassthroughDuringReload(t *testing.T) {
+	const globals = "connection_registry {\n orphan_timeout 0\n}"
+	upstreams := echoBackend(t, nil)
+	route := func() string { return toAll(upstreams + " {\n name tunnels\n lb_policy first\n}") }
+	p, _ := startLayer4(t, globals, route())
+	var conns []net.Conn
+	for range 40 { // apps start in any order: half of them are too early
+		upstreams = echoBackend(t, nil) + " " + upstreams
+		addr := freeAddr(t)
+		var during net.Conn
+		onStart = func() (err error) {
+			if reachable(addr) {
+				during, err = net.Dial("tcp", addr)
+			}
+			if during != nil {
+				_ = during.SetDeadline(time.Now().Add(30 * time.Second))
+				_, _ = io.WriteString(during, "hello")
+				_, err = io.ReadFull(during, make([]byte, 5))
+			}
+			return err
+		}
+		if status, body, err := p.post("/load", "application/json", withHook(t, p.layer4Config(addr, globals, route()))); status != http.StatusOK {
+			t.Fatalf("load: got %d %s, %v", status, body, err)
+		}
+		if during != nil {
+			conns = append(conns, during)
+		}
+		if len(conns) == 5 {
+			break
+		}
 	}
+	if len(conns) == 0 {
+		t.Error("no connection came while a config started")
+	}
+	for _, c := range conns {
+		wantEcho(t, c, "still")
+		c.Close()
+	}
+}
+
+// wantLoadFails wants that a Caddyfile is not loaded, and that it was one of its apps that
+// could not start if starting is to fail.
+func (p *proxy) wantLoadFails(t testing.TB, caddyfile string, starting bool) {
+	t.Helper()
+	config := withHook(t, caddyfile)
+	onStart = func() error { return errors.New("this app cannot start") }
 	var status int
 	var body []byte
+	var err error
 	if !eventually(10*time.Second, func() bool {
 		// A load replaces the admin endpoint, also one that fails, which may cost the next
 		// request its connection.

@@ -223,7 +223,7 @@ func startChatter(t testing.TB, addr string, conf *tls.Config) *chatter {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(3 * time.Minute))
 	if _, err := conn.Write([]byte(rawUpgrade(host, ""))); err != nil {
 		t.Fatal(err)
 	}

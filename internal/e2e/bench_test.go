@@ -48,7 +48,7 @@ func benchmarkEcho(b *testing.B, p *process, size int) {
 	message := frame.Append(nil, ws.OpBinary, make([]byte, size), true)
 	b.SetBytes(int64(size))
 	b.ResetTimer()
-	before := cpuTime(b, p)
+	before := cpuTime(b, p.cmd.Process.Pid)
 	var wg sync.WaitGroup
 	for i, c := range conns {
 		n := b.N / clients
@@ -58,7 +58,7 @@ func benchmarkEcho(b *testing.B, p *process, size int) {
 		wg.Go(func() { roundTrips(b, c, message, size, n) })
 	}
 	wg.Wait()
-	b.ReportMetric(float64(cpuTime(b, p)-before)/float64(b.N)/1e3, "cpu-µs/op")
+	b.ReportMetric(float64(cpuTime(b, p.cmd.Process.Pid)-before)/float64(b.N)/1e3, "cpu-µs/op")
 	b.StopTimer()
 	for _, c := range conns {
 		c.Close()
@@ -86,10 +86,10 @@ func roundTrips(b *testing.B, c *rawConn, message []byte, size, n int) {
 	}
 }
 
-// cpuTime is what the process has used so far; the kernel counts in hundredths
+// cpuTime is what a process has used so far; the kernel counts in hundredths
 // of a second.
-func cpuTime(b *testing.B, p *process) time.Duration {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+func cpuTime(b testing.TB, pid int) time.Duration {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -153,7 +153,7 @@ func benchmarkReplay(b *testing.B, sides [2]*process, size int, way string, sunk
 		n := max(1, (b.N+turn)/turns/clients) // for each client
 		for i := range sides {
 			side := (i + turn) % 2
-			before, began := cpuTime(b, sides[side]), time.Now()
+			before, began := cpuTime(b, sides[side].cmd.Process.Pid), time.Now()
 			var wg sync.WaitGroup
 			for _, c := range conns[side] {
 				if way == "echo" {
@@ -169,7 +169,7 @@ func benchmarkReplay(b *testing.B, sides [2]*process, size int, way string, sunk
 				}
 			}
 			wall[side] += time.Since(began)
-			cpu[side] += cpuTime(b, sides[side]) - before
+			cpu[side] += cpuTime(b, sides[side].cmd.Process.Pid) - before
 		}
 	}
 	b.StopTimer()

@@ -81,39 +81,48 @@ func echoLarge(t *testing.T, c *rawConn) {
 // settledMemory is the process's resident memory in KiB once it stays the same,
 // without what its heap has free. Garbage is collected first: when that happens by
 // itself, and when the system gets it back, is no property of idle connections.
-func settledMemory(t *testing.T, p *process) float64 {
+func settledMemory(t testing.TB, p *process) float64 {
 	t.Helper()
 	if status, _ := p.request(t, "GET", "/debug/pprof/heap?gc=1"); status != 200 {
 		t.Fatalf("collecting garbage: got status %d", status)
 	}
+	return settled(func() float64 { return residentMemory(t, p.cmd.Process.Pid) }) - freeHeap(t, p)
+}
+
+// settled is what memory returns, in KiB, once that stays the same for a second.
+func settled(memory func() float64) float64 {
 	last, since := 0.0, time.Now()
 	eventually(10*time.Second, func() bool {
-		now := residentMemory(t, p.cmd.Process.Pid)
+		now := memory()
 		if d := now - last; d > 256 || d < -256 {
 			last, since = now, time.Now()
 		}
 		return time.Since(since) > time.Second
 	})
-	return last - freeHeap(t, p)
+	return last
 }
 
 // freeHeap is what the process's heap has free and resident, in KiB.
-func freeHeap(t *testing.T, p *process) float64 {
+func freeHeap(t testing.TB, p *process) float64 {
 	t.Helper()
-	_, metrics := p.request(t, "GET", "/metrics")
-	var idle, released float64
-	for line := range strings.SplitSeq(string(metrics), "\n") {
-		_, _ = fmt.Sscanf(line, "go_memstats_heap_idle_bytes %g", &idle)
-		_, _ = fmt.Sscanf(line, "go_memstats_heap_released_bytes %g", &released)
+	return goMemory(t, p, "heap_idle") - goMemory(t, p, "heap_released")
+}
+
+// goMemory is what the process's Go runtime says of its memory, in KiB.
+func goMemory(t testing.TB, p *process, what string) float64 {
+	t.Helper()
+	prefix := "go_memstats_" + what + "_bytes "
+	for _, line := range grep(p.scrape(t), prefix) {
+		if n, err := strconv.ParseFloat(line[len(prefix):], 64); err == nil {
+			return n / 1024
+		}
 	}
-	if idle == 0 || released == 0 {
-		t.Fatal("no statistics of the heap")
-	}
-	return (idle - released) / 1024
+	t.Fatalf("no %sin the metrics", prefix)
+	return 0
 }
 
 // residentMemory is a process's resident memory in KiB.
-func residentMemory(t *testing.T, pid int) float64 {
+func residentMemory(t testing.TB, pid int) float64 {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

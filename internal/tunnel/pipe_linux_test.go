@@ -49,7 +49,7 @@ func TestIdleTunnelHoldsNoPipe(t *testing.T) {
 	}
 }
 
-// As many bytes as come in one TLS record are copied, more are not.
+// Few bytes at once are copied, many are not.
 func TestOnlyManyBytesTakeAPipe(t *testing.T) {
 	before := openPipes(t)
 	r, client, backend := tcpRig(t, Settings{}, "")

@@ -10,9 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fewBytes is up to how many bytes that come at once are copied: for less than that, two
-// splices cost more than a read and a write. It is that of the largest TLS record.
-const fewBytes = 16<<10 + 256 + 5
+// fewBytes is how many bytes that come at once are too many to be copied. Copying takes
+// no descriptors; at 64 bytes it costs about a twentieth less CPU time than two splices,
+// from 4 KiB on no difference was seen.
+const fewBytes = 4 << 10
 
 var smallBuffers = sync.Pool{New: func() any { return new([fewBytes]byte) }}
 

@@ -7,6 +7,7 @@ package registry
 import (
 	"fmt"
 	"maps"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -14,13 +15,22 @@ import (
 	"time"
 )
 
-// crowdSize is how many connections there are, on crowdRoutes routes with crowdUpstreams
-// upstreams each.
+// crowdSize is how many connections there are in benchmarks, on crowdRoutes routes with
+// crowdUpstreams upstreams each.
 const (
 	crowdSize      = 100_000
 	crowdRoutes    = 4
 	crowdUpstreams = 5
 )
+
+// smallCrowd is how many there are in tests, which the race detector makes slow. The long
+// form of the tests has as many as the benchmarks.
+func smallCrowd() int {
+	if os.Getenv("HOLDFAST_FULL") == "1" {
+		return crowdSize
+	}
+	return crowdSize / 10
+}
 
 // bystander is an owner that does nothing.
 type bystander struct{}
@@ -90,8 +100,8 @@ func TestALookAtAllLetsTheLockGo(t *testing.T) {
 // While connections come and go, a listing by pages shows each one that lives through it
 // once, in order of age, and all totals are of the same connections.
 func TestCrowdUnderChurn(t *testing.T) {
-	r, conns := bigCrowd(t, crowdSize)
-	stays := make(map[string]bool, crowdSize)
+	r, conns := bigCrowd(t, smallCrowd())
+	stays := make(map[string]bool)
 	var leave []*Conn
 	for i, c := range conns {
 		if i%3 == 0 {
@@ -105,10 +115,10 @@ func TestCrowdUnderChurn(t *testing.T) {
 	for part := range 2 {
 		churn.Go(func() { churnCrowd(t, r, leave[part*len(leave)/2:(part+1)*len(leave)/2], quit) })
 	}
-	seen := make(map[string]int, crowdSize)
+	seen := make(map[string]int)
 	after, last := "", ""
 	for pages := 0; ; pages++ {
-		page, next := r.List(Filter{}, 1000, after)
+		page, next := r.List(Filter{}, 100, after)
 		for _, v := range page {
 			if v.ID <= last {
 				t.Fatalf("got %s after %s, want order of age", v.ID, last)
@@ -197,9 +207,10 @@ func TestMemoryOfRecords(t *testing.T) {
 	const most = 1500 // bytes
 	New().Retain(WebSocket, "a")
 	before := heap()
-	r, conns := bigCrowd(t, crowdSize)
+	n := smallCrowd()
+	r, conns := bigCrowd(t, n)
 	r.SetLimits(Limits{PerIP: new(10)}, 0)
-	each := float64(heap()-before) / crowdSize
+	each := float64(heap()-before) / float64(n)
 	t.Logf("%.0f bytes for each record", each)
 	if each > most {
 		t.Errorf("got %.0f bytes for each record, want %d at most", each, most)
@@ -209,7 +220,7 @@ func TestMemoryOfRecords(t *testing.T) {
 	}
 	conns = nil
 	// Go's maps keep their tables, some 50 bytes for each.
-	if left := float64(heap()-before) / crowdSize; left > most/4 {
+	if left := float64(heap()-before) / float64(n); left > most/4 {
 		t.Errorf("got %.0f bytes left of each record, want nearly none", left)
 	}
 	runtime.KeepAlive(r)

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -316,91 +315,4 @@ func (s *soak) talk(t *testing.T, random *rand.Rand, dial func() (net.Conn, erro
 			_ = tcp.SetLinger(0)
 		}
 	}
-}
-
-// resident is a WebSocket that stays, whatever becomes of its backends.
-type resident struct {
-	*rawConn
-	over chan struct{} // closed by read
-
-	mu   sync.Mutex // guards writing and what follows
-	said int
-	got  int
-	err  error
-}
-
-func (s *soak) reside(t testing.TB, dial func() (net.Conn, error)) *resident {
-	t.Helper()
-	conn, err := dial()
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &resident{rawConn: s.upgrade(conn), over: make(chan struct{})}
-	if r.rawConn == nil {
-		conn.Close()
-		t.Fatal("a resident is refused")
-	}
-	_ = conn.SetDeadline(time.Time{})
-	t.Cleanup(r.leave)
-	go r.read()
-	return r
-}
-
-// read owns reading: it answers pings, and notes the newest answer. It ends with the
-// connection.
-func (r *resident) read() {
-	defer close(r.over)
-	for {
-		h, payload, err := r.receive()
-		r.mu.Lock()
-		switch {
-		case err == nil && h.OpCode == ws.OpClose:
-			err = fmt.Errorf("closed: %q", payload)
-		case h.OpCode == ws.OpPing:
-			_, err = r.Write(frame.Append(nil, ws.OpPong, []byte(payload), true))
-		case h.OpCode == ws.OpText:
-			if n, bad := strconv.Atoi(payload); bad == nil {
-				r.got = max(r.got, n)
-			}
-		}
-		r.err = err
-		r.mu.Unlock()
-		if err != nil {
-			return
-		}
-	}
-}
-
-// wantEcho says something and wants an answer. It says it again after a while: a backend
-// that was killed may have read it and not answered.
-func (r *resident) wantEcho(t testing.TB) {
-	t.Helper()
-	r.mu.Lock()
-	r.said++
-	want := r.said
-	r.mu.Unlock()
-	for range 10 {
-		r.mu.Lock()
-		_, err := r.Write(frame.Append(nil, ws.OpText, []byte(strconv.Itoa(want)), true))
-		r.mu.Unlock()
-		var ended bool
-		answered := eventually(3*time.Second, func() bool {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			err, ended = r.err, r.err != nil
-			return ended || r.got >= want
-		})
-		if ended {
-			t.Fatalf("a resident was ended: %v", err)
-		}
-		if answered {
-			return
-		}
-	}
-	t.Fatal("a resident gets no answer")
-}
-
-func (r *resident) leave() {
-	r.Close()
-	<-r.over
 }

@@ -77,11 +77,11 @@ func chainEnds(t testing.TB, c *chain, backend *laneBackend, kill func(lane stri
 			}},
 		)
 	}
-	// A client that does not hear the end has, at the hops before, what is left to a side
-	// that has ended.
-	deaf := end{lane: "deaf", deaf: true, settings: map[int]string{len(c.hops) - 1: idleNow}, want: map[int]string{0: "half_open", len(c.hops) - 1: "idle"}}
+	// A client that does not hear the end keeps no hop waiting: the one that was told to
+	// end, and does not, gets a reset from the next.
+	deaf := end{lane: "deaf", deaf: true, settings: map[int]string{len(c.hops) - 1: idleNow}, want: map[int]string{len(c.hops) - 1: "idle"}}
 	for i := range len(c.hops) - 1 {
-		deaf.settings[i] = "half_open_timeout 500ms"
+		deaf.want[i] = "reset"
 	}
 	return append(ends, deaf)
 }
@@ -258,8 +258,6 @@ func (c *chain) wantReasons(t testing.TB, e end) {
 		allowed, total := []string{e.want[i]}, 0
 		switch {
 		case e.want[i] != "":
-		case e.deaf:
-			allowed = []string{"eof", "reset", "half_open"}
 		default:
 			allowed = []string{"eof", "reset"}
 		}

@@ -27,7 +27,7 @@ import (
 // of which leave in every way, while backends are killed, stopped and drained. After half
 // of the time and at the end those are there that stay, and nothing else has grown.
 func TestSoak(t *testing.T) {
-	const residents, visitors, name = 12, 8, "soak.test"
+	const lodgers, visitors, name = 12, 8, "soak.test"
 	half := long(4*time.Second, 5*time.Minute)
 	a := newAuthority(t)
 	backends := []*backendProcess{startBackend(t, "coder", "a"), startBackend(t, "gorilla", "b")}
@@ -51,9 +51,9 @@ func TestSoak(t *testing.T) {
 		t.Fatal("no certificate is issued")
 	}
 	found := p.value(t, "caddy_connections_sweeper_found_total")
-	var webSockets []*resident
+	var webSockets []*lodger
 	var through []net.Conn
-	for i := range residents {
+	for i := range lodgers {
 		webSockets = append(webSockets, s.reside(t, []func() (net.Conn, error){s.dial, s.dialTLS}[i%2]))
 		through = append(through, dialTCP(t, tunnels), dialSNI(t, tunnels, name, a))
 		for _, c := range through[2*i:] {
@@ -84,12 +84,12 @@ func TestSoak(t *testing.T) {
 				r.wantEcho(t)
 			}
 			for i, c := range through {
-				wantEcho(t, c, fmt.Sprint("resident ", i))
+				wantEcho(t, c, fmt.Sprint("lodger ", i))
 			}
 		}
 		close(quit)
 		all.Wait()
-		p.waitCount(t, 3*residents)
+		p.waitCount(t, 3*lodgers)
 		after[round] = s.measure(t)
 	}
 	t.Logf("visits by kind: %v, refused %d; after half the time: %+v, at the end: %+v", s.counts(), s.refused.Load(), after[0], after[1])

@@ -5,8 +5,8 @@
 //
 //	eof                                 both peers have ended, and were told
 //	reset, dead                         the other peer gets a reset as well
-//	all others, decided here            both peers get a FIN
-//	… and do not take what is for them  a reset
+//	all others, decided here            both peers get a FIN …
+//	… and do not take what is for them, or do not end  a reset
 
 package tunnel
 
@@ -85,8 +85,13 @@ func (t *Tunnel) ended(p *pump) bool {
 	// A leg that was told the end looks hung up as soon as it has ended; it is told
 	// under the lock, so it was not yet.
 	if p.from.toldAt == 0 && hungUp(p.from.conn) {
+		if err := pendingError(p.from.conn); err != nil { // it came right after the end
+			p.from.gone = true
+			t.mu.Unlock()
+			t.rec.Close(registry.Ending{Reason: reasonOf(err)})
+			return false
+		}
 		t.breaks(p.from)
-		t.mu.Unlock()
 		return false
 	}
 	p.from.finished = true
@@ -125,25 +130,29 @@ func (t *Tunnel) tell(p *pump) {
 // tunnel. A broken pipe says only that somebody else got the error, or that the
 // peer closed first: whoever reads the leg finds out, else the clock decides.
 func (t *Tunnel) broke(l *leg, err error) {
+	t.mu.Lock()
 	if errors.Is(err, syscall.EPIPE) {
-		t.mu.Lock()
 		t.breaks(l)
-		t.mu.Unlock()
 		return
 	}
-	t.mu.Lock()
 	l.gone = true
 	t.mu.Unlock()
 	t.rec.Close(registry.Ending{Reason: reasonOf(err)})
 }
 
-// breaks notes that a leg is broken, for a reason that is not known. Tunnel.mu
-// is held.
+// breaks notes that a leg is broken, and that the pump which has found out was not
+// told why. If the other pump was not either, nobody will be. Tunnel.mu is held, and
+// let go.
 func (t *Tunnel) breaks(l *leg) {
 	if l.broken == 0 {
 		l.broken = t.now()
 		t.lookIn(answerTimeout)
+		t.mu.Unlock()
+		return
 	}
+	l.gone = true
+	t.mu.Unlock()
+	t.rec.Close(registry.Ending{Reason: registry.Reset})
 }
 
 // lingers reports whether p should wait for the end of the peer that it reads: one
@@ -202,7 +211,9 @@ func (t *Tunnel) finish() {
 	t.timer.Stop()
 	t.mu.Unlock()
 	for _, l := range [...]*leg{&t.client, &t.backend} {
-		if abortive {
+		// Who was told an end that was decided here, and does not end, may be a proxy that
+		// waits for a client that has nothing to say: it would not hear of it else.
+		if abortive || l.toldAt != 0 && !l.finished {
 			l.reset()
 		} else {
 			_ = l.conn.Close()

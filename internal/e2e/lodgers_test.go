@@ -15,8 +15,8 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 )
 
-// resident is a WebSocket that stays, whatever becomes of its backends.
-type resident struct {
+// lodger is a WebSocket that stays, whatever becomes of its backends.
+type lodger struct {
 	*rawConn
 	over chan struct{} // closed by read
 
@@ -26,16 +26,16 @@ type resident struct {
 	err  error
 }
 
-func (s *soak) reside(t testing.TB, dial func() (net.Conn, error)) *resident {
+func (s *soak) reside(t testing.TB, dial func() (net.Conn, error)) *lodger {
 	t.Helper()
 	conn, err := dial()
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &resident{rawConn: s.upgrade(conn), over: make(chan struct{})}
+	r := &lodger{rawConn: s.upgrade(conn), over: make(chan struct{})}
 	if r.rawConn == nil {
 		conn.Close()
-		t.Fatal("a resident is refused")
+		t.Fatal("a lodger is refused")
 	}
 	_ = conn.SetDeadline(time.Time{})
 	t.Cleanup(r.leave)
@@ -45,7 +45,7 @@ func (s *soak) reside(t testing.TB, dial func() (net.Conn, error)) *resident {
 
 // read owns reading: it answers pings, and notes the newest answer. It ends with the
 // connection.
-func (r *resident) read() {
+func (r *lodger) read() {
 	defer close(r.over)
 	for {
 		h, payload, err := r.receive()
@@ -70,7 +70,7 @@ func (r *resident) read() {
 
 // wantEcho says something and wants an answer. It says it again after a while: a backend
 // that was killed may have read it and not answered.
-func (r *resident) wantEcho(t testing.TB) {
+func (r *lodger) wantEcho(t testing.TB) {
 	t.Helper()
 	r.mu.Lock()
 	r.said++
@@ -88,16 +88,16 @@ func (r *resident) wantEcho(t testing.TB) {
 			return ended || r.got >= want
 		})
 		if ended {
-			t.Fatalf("a resident was ended: %v", err)
+			t.Fatalf("a lodger was ended: %v", err)
 		}
 		if answered {
 			return
 		}
 	}
-	t.Fatal("a resident gets no answer")
+	t.Fatal("a lodger gets no answer")
 }
 
-func (r *resident) leave() {
+func (r *lodger) leave() {
 	r.Close()
 	<-r.over
 }

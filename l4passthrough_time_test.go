@@ -103,7 +103,7 @@ func TestConfiguredLifetime(t *testing.T) {
 		"":                              168 * time.Hour,
 		"keep_alive_treatment standard": 24 * time.Hour,
 		"max_lifetime 10h":              10 * time.Hour,
-		"keep_alive_treatment standard\nmax_lifetime 30h": 30 * time.Hour,
+		"keep_alive_treatment standard\nmax_lifetime 20h": 20 * time.Hour,
 		"max_lifetime off": 0,
 		"keep_alive_treatment standard\nmax_lifetime off": 0,
 	} {

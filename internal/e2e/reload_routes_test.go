@@ -44,9 +44,8 @@ func TestReloadRemovesRoutes(t *testing.T) {
 	}
 	wantClosed(t, 1001, began, 600*time.Millisecond, webSockets...)
 	wantClosed(t, 0, began, 600*time.Millisecond, tunnels...)
-	res, _ := rawRequest(t, h.addr, upgradeTo("/goes", "Host: "+h.addr))
-	if res.StatusCode != http.StatusOK {
-		t.Errorf("a new client of a route that is gone: got status %d, want the 200 of what is there now", res.StatusCode)
+	if got, _ := knock(t, h.addr, "/goes"); got != http.StatusOK {
+		t.Errorf("a new client of a route that is gone: got status %d, want the 200 of what is there now", got)
 	}
 	if c, err := net.Dial("tcp", h.doors[1]); err == nil {
 		c.Close()
@@ -101,7 +100,7 @@ func TestReloadMovesRoutes(t *testing.T) {
 	h.wantContinuous(t, opened)
 
 	began := time.Now()
-	h.reload(t, h.config("", "", "", named, plain)+fmt.Sprintf("http://%s {\n config_probe\n%s respond ok\n}\n", other, routes))
+	h.follow(t, h.config("", "", "", named, plain)+fmt.Sprintf("http://%s {\n config_probe\n%s respond ok\n}\n", other, routes))
 	for i, r := range go1 {
 		wantClosed(t, []uint16{1001, 0}[i%2], began, 0, r)
 	}
@@ -114,8 +113,8 @@ func TestReloadMovesRoutes(t *testing.T) {
 	if got := h.stats(t).ByRoute; !maps.Equal(got, want) {
 		t.Errorf("routes: got %v, want %v", got, want)
 	}
-	if res, _ := rawRequest(t, h.addr, upgradeTo("/named", "Host: "+h.addr)); res.StatusCode != http.StatusOK {
-		t.Errorf("a new client where the route was: got status %d, want the page's 200", res.StatusCode)
+	if got, _ := knock(t, h.addr, "/named"); got != http.StatusOK {
+		t.Errorf("a new client where the route was: got status %d, want the page's 200", got)
 	}
 	h.wantFreed(t, 2, 2, other)
 	finish(t, stay...)
@@ -140,10 +139,8 @@ func TestReloadSharesNames(t *testing.T) {
 			t.Errorf("%s: got %v, want 7 of each route", what, got)
 		}
 		for _, path := range []string{"/a", "/b"} {
-			if res, c := rawRequest(t, h.addr, upgradeTo(path, "Host: "+h.addr)); res.StatusCode != http.StatusServiceUnavailable {
-				t.Errorf("%s: one more at %s: got status %d, want 503", what, path, res.StatusCode)
-			} else {
-				c.Close()
+			if got, _ := knock(t, h.addr, path); got != http.StatusServiceUnavailable {
+				t.Errorf("%s: one more at %s: got status %d, want 503", what, path, got)
 			}
 		}
 		for _, door := range h.doors[:2] {

@@ -27,11 +27,9 @@ func TestReloadChangesSettings(t *testing.T) {
 			"keep_alive_treatment standard\n inactivity_timeout 1h\n max_connections 8",
 			"keep_alive_treatment immortal\n max_lifetime 1h\n half_open_timeout 1m\n max_connections 8",
 		}[i]))
-		res, c := rawRequest(t, h.addr, upgradeTo("/", "Host: "+h.addr))
-		if res.StatusCode != http.StatusServiceUnavailable {
-			t.Errorf("one client more than the new settings allow: got status %d, want 503", res.StatusCode)
+		if got, _ := knock(t, h.addr, "/"); got != http.StatusServiceUnavailable {
+			t.Errorf("one client more than the new settings allow: got status %d, want 503", got)
 		}
-		c.Close()
 		wantEnd(t, dialTCP(t, h.doors[0]))
 		wantChatting(t, all...)
 		h.wantContinuous(t, opened)

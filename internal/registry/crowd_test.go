@@ -71,17 +71,17 @@ func joinCrowd(tb testing.TB, r *Registry, i int) *Conn {
 
 // Whoever waits for the lock while all are looked at waits for 1000 of them at most.
 func TestALookAtAllLetsTheLockGo(t *testing.T) {
-	const conns = 5*atOnce + 1
+	const conns, most = 5001, 1000
 	r, _ := bigCrowd(t, conns)
 	looked, let := 0, 0
 	r.scan(&r.byAge, "", func(*Conn) bool {
 		looked++
-		if looked%atOnce == 1 {
+		if looked%most == 1 {
 			from := looked
 			r.after = append(r.after, func() {
 				let++
-				if looked-from >= atOnce {
-					t.Errorf("got %d records looked at before the lock was let go, want %d at most", looked-from+1, atOnce)
+				if looked-from >= most {
+					t.Errorf("got %d records looked at before the lock was let go, want %d at most", looked-from+1, most)
 				}
 				if !r.mu.TryLock() {
 					t.Error("got the lock held between two parts, want it free")

@@ -8,12 +8,12 @@ import (
 )
 
 // Whoever goes through many connections lets others have the lock after atOnce of them.
-// After restAfter it rests, so that others have the processor, too. Yielding would not
-// do: while anything can run, Go's scheduler hardly asks for what has arrived at sockets.
+// Where nobody waits for the result but an operator, there is a rest as well, so that
+// others have the processor. Yielding would not do: while anything can run, Go's scheduler
+// hardly asks for what has arrived at sockets.
 const (
-	atOnce    = 1000
-	restAfter = 5 * atOnce
-	rest      = 200 * time.Microsecond
+	atOnce = 1000
+	rest   = 200 * time.Microsecond
 )
 
 // byAge are connections in the order of their age, which is that of their IDs.
@@ -72,11 +72,20 @@ func (r *Registry) live(of *byAge) (conns []*Conn) {
 // after, in order of age, until f returns false. mu is held during each call, but not all
 // the time: one that comes or goes meanwhile may be seen or not.
 func (r *Registry) scan(of *byAge, after string, f func(c *Conn) (more bool)) {
-	for looked, more := 0, true; more; {
-		if looked += atOnce; looked%restAfter == 0 {
-			time.Sleep(rest)
-		}
+	for more := true; more; {
 		after, more = r.scanSome(of, after, f)
+	}
+}
+
+// survey is scan for all connections, with rests.
+func (r *Registry) survey(after string, f func(c *Conn) (more bool)) {
+	for {
+		last, more := r.scanSome(&r.byAge, after, f)
+		if !more {
+			return
+		}
+		after = last
+		time.Sleep(rest)
 	}
 }
 

@@ -93,8 +93,9 @@ func TestSoak(t *testing.T) {
 		after[round] = s.measure(t)
 	}
 	t.Logf("visits by kind: %v, refused %d; after half the time: %+v, at the end: %+v", s.counts(), s.refused.Load(), after[0], after[1])
-	if after[0].byState != after[1].byState || after[1].goroutines > after[0].goroutines || after[1].descriptors > after[0].descriptors {
-		t.Errorf("after half the time: %+v, at the end: %+v, want nothing more", after[0], after[1])
+	const others = 8 // descriptors that come and go with Caddy and the test; visits are hundreds
+	if after[0].byState != after[1].byState || after[1].goroutines > after[0].goroutines || after[1].descriptors > after[0].descriptors+others {
+		t.Errorf("after half the time: %+v, at the end: %+v, want no more", after[0], after[1])
 	}
 	if heap := after[0].heap; after[1].heap > heap+heap/10+(8<<20) {
 		t.Errorf("heap: got %d bytes after half the time, %d at the end, want 10 %% more at most", heap, after[1].heap)

@@ -67,29 +67,21 @@ func (h *house) change(t testing.TB, site string, tunnels ...string) {
 // follow is reload, whatever it is that the config follows upon.
 func (p *proxy) follow(t testing.TB, caddyfile string) {
 	t.Helper()
-	if status, said := p.post(t, caddyfile); status != http.StatusOK {
+	if status, said := p.submit(t, caddyfile); status != http.StatusOK {
 		t.Fatalf("reload: %d: %s", status, said)
 	}
 }
 
-// post loads a config through the admin API. Caddy restarts that with every config, and
-// what it has just accepted may end with the config before.
-func (p *proxy) post(t testing.TB, caddyfile string) (status int, said string) {
+// submit loads a config through the admin API. Caddy restarts that with every config,
+// and what it has just accepted may end with the config before.
+func (p *proxy) submit(t testing.TB, caddyfile string) (status int, said string) {
 	t.Helper()
 	var err error
 	if !eventually(20*time.Second, func() bool {
-		var req *http.Request
-		if req, err = http.NewRequest(http.MethodPost, "http://"+p.admin+"/load", strings.NewReader(caddyfile)); err != nil {
-			return false
-		}
-		req.Header.Set("Content-Type", "text/caddyfile")
-		req.Close = true
-		var res *http.Response
-		if res, err = http.DefaultClient.Do(req); err != nil {
-			return false
-		}
-		status, said = res.StatusCode, body(t, res)
-		return true
+		var answer []byte
+		status, answer, err = p.post("/load", "text/caddyfile", []byte(caddyfile))
+		said = string(answer)
+		return err == nil
 	}) {
 		t.Fatal(err)
 	}
@@ -109,7 +101,7 @@ func tunnel(upstreams, settings string) string {
 // refused wants that a config is refused, and returns why.
 func (h *house) refused(t testing.TB, config string) string {
 	t.Helper()
-	status, said := h.post(t, config)
+	status, said := h.submit(t, config)
 	if status == http.StatusOK {
 		t.Fatalf("a config was loaded that is to be refused:\n%s", config)
 	}

@@ -175,7 +175,7 @@ func speak(c *net.TCPConn, text string) error {
 		_, err = io.ReadFull(c, got)
 	}
 	switch timeout, ok := err.(net.Error); {
-	case err != nil && !(ok && timeout.Timeout()):
+	case err != nil && (!ok || !timeout.Timeout()):
 		return closing{}
 	case err != nil:
 		return err

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // dialed is a handshake as a backend saw it.
@@ -60,7 +62,7 @@ func (s dialed) checkPrivate(t testing.TB, server string) {
 // A connection that is resumed is trusted like the first: the same name, also if it is
 // one of the request, and the same certificate.
 func TestResumeBehindTLS(t *testing.T) {
-	settings, conf := newAuthority(t).private(t, "right.test")
+	settings, conf := private(t, testca.New(t), "right.test")
 	var n atomic.Int32
 	handshakes := make(chan dialed, 100)
 	serve := watches(handshakes, func(r *http.Request, c *rawConn) {
@@ -92,7 +94,7 @@ func TestResumeBehindTLS(t *testing.T) {
 
 // Health checks are trusted like connections: the ws and the http one.
 func TestHealthChecksBehindTLS(t *testing.T) {
-	settings, conf := newAuthority(t).private(t, "right.test")
+	settings, conf := private(t, testca.New(t), "right.test")
 	t.Setenv("HOLDFAST_TEST_NAME", "right")
 	handshakes := make(chan dialed, 1000)
 	backend := tlsBackend(t, conf, watches(handshakes, func(r *http.Request, c *rawConn) {
@@ -150,7 +152,7 @@ func TestTLSLegsKeepNoConfigInMemory(t *testing.T) {
 		"name of the request": "tls_server_name {header.X-Tenant}.test",
 	} {
 		t.Run(name, func(t *testing.T) {
-			settings, conf := newAuthority(t).private(t, "right.test")
+			settings, conf := private(t, testca.New(t), "right.test")
 			backend := tlsBackend(t, conf, greets)
 			p := startCaddy(t, "", "respond ok") // the real config follows
 			config := func(n int) string {

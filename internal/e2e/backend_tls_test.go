@@ -4,108 +4,27 @@
 package e2e
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/pem"
 	"fmt"
-	"math/big"
-	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gobwas/ws"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
-
-// authority signs certificates, and has itself and what it signed in files.
-type authority struct {
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t testing.TB) *authority {
-	t.Helper()
-	a := &authority{dir: t.TempDir()}
-	a.cert, a.key = a.sign(t, "ca", &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
-	return a
-}
-
-func (a *authority) pool() *x509.CertPool {
-	pool := x509.NewCertPool()
-	pool.AddCert(a.cert)
-	return pool
-}
-
-// file returns the name of a file: ca.crt, ca.key and so on.
-func (a *authority) file(name string) string { return filepath.Join(a.dir, name) }
-
-// issue makes a certificate for names and addresses.
-func (a *authority) issue(t testing.TB, name string, alternatives ...string) tls.Certificate {
-	t.Helper()
-	template := new(x509.Certificate)
-	for _, alt := range alternatives {
-		if ip := net.ParseIP(alt); ip != nil {
-			template.IPAddresses = append(template.IPAddresses, ip)
-		} else {
-			template.DNSNames = append(template.DNSNames, alt)
-		}
-	}
-	leaf, key := a.sign(t, name, template)
-	return tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key}
-}
-
-func (a *authority) sign(t testing.TB, name string, template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template.Subject = pkix.Name{CommonName: name}
-	template.SerialNumber, template.NotAfter = big.NewInt(time.Now().UnixNano()), time.Now().Add(time.Hour)
-	parent, signer := a.cert, a.key
-	if parent == nil {
-		parent, signer = template, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for file, block := range map[string]*pem.Block{
-		name + ".crt": {Type: "CERTIFICATE", Bytes: der},
-		name + ".key": {Type: "PRIVATE KEY", Bytes: pkcs8},
-	} {
-		if err := os.WriteFile(a.file(file), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cert, key
-}
 
 // private returns settings that trust the authority and show a certificate of it, and
 // what a backend has that wants one. The backend's own is for names.
-func (a *authority) private(t testing.TB, names ...string) (settings string, conf *tls.Config) {
+func private(t testing.TB, a *testca.Authority, names ...string) (settings string, conf *tls.Config) {
 	t.Helper()
-	a.issue(t, "proxy", "proxy.test")
-	return fmt.Sprintf("tls_trust_pool file %s\n tls_client_auth %s %s\n", a.file("ca.crt"), a.file("proxy.crt"), a.file("proxy.key")),
-		&tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", names...)}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool()}
+	a.Issue(t, "proxy", "proxy.test")
+	return fmt.Sprintf("tls_trust_pool file %s\n tls_client_auth %s %s\n", a.File("ca.crt"), a.File("proxy.crt"), a.File("proxy.key")),
+		&tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", names...)}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.Pool()}
 }
 
 // tlsBackend is a rawBackend behind TLS.
@@ -145,15 +64,15 @@ func pathed(host, path, extra string) string {
 // Whom the proxy trusts, and by which name; who trusts the proxy. Without trust there is
 // no connection, and the error says why.
 func TestBackendsBehindTLS(t *testing.T) {
-	ca, stranger := newAuthority(t), newAuthority(t)
-	byIP := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "ip", "127.0.0.1")}}
-	byName := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "name", "right.test")}}
-	private := &tls.Config{Certificates: byIP.Certificates, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.pool()}
-	ca.issue(t, "proxy", "proxy.test")
-	stranger.issue(t, "stranger", "stranger.test")
-	trust := "tls_trust_pool file " + ca.file("ca.crt")
-	pair := func(a *authority, name string) string {
-		return "\n tls_client_auth " + a.file(name+".crt") + " " + a.file(name+".key")
+	ca, stranger := testca.New(t), testca.New(t)
+	byIP := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "ip", "127.0.0.1")}}
+	byName := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "name", "right.test")}}
+	private := &tls.Config{Certificates: byIP.Certificates, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.Pool()}
+	ca.Issue(t, "proxy", "proxy.test")
+	stranger.Issue(t, "stranger", "stranger.test")
+	trust := "tls_trust_pool file " + ca.File("ca.crt")
+	pair := func(a *testca.Authority, name string) string {
+		return "\n tls_client_auth " + a.File(name+".crt") + " " + a.File(name+".key")
 	}
 	tests := []struct {
 		name, scheme string
@@ -168,7 +87,7 @@ func TestBackendsBehindTLS(t *testing.T) {
 		{"TLS by a setting alone", "", byIP, trust, "", "", ""},
 		{
 			"pool in the config", "wss://", byIP,
-			"tls_trust_pool inline {\n trust_der " + base64.StdEncoding.EncodeToString(ca.cert.Raw) + "\n}", "", "", "",
+			"tls_trust_pool inline {\n trust_der " + base64.StdEncoding.EncodeToString(ca.Cert.Raw) + "\n}", "", "", "",
 		},
 		{"name", "wss://", byName, trust + "\n tls_server_name right.test", "right.test", "", ""},
 		{"name of the request", "wss://", byName, trust + "\n tls_server_name {header.X-Tenant}.test", "right.test", "", ""},
@@ -178,10 +97,10 @@ func TestBackendsBehindTLS(t *testing.T) {
 		{"no verification, with a name", "wss://", byName, "tls_insecure_skip_verify\n tls_server_name wrong.test", "wrong.test", "", ""},
 
 		{"wrong name", "wss://", byName, trust + "\n tls_server_name wrong.test", "", "", "certificate is valid for right.test, not wrong.test"},
-		{"wrong address", "wss://", &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "other", "192.0.2.1")}}, trust, "", "", "certificate is valid for 192.0.2.1, not 127.0.0.1"},
+		{"wrong address", "wss://", &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "other", "192.0.2.1")}}, trust, "", "", "certificate is valid for 192.0.2.1, not 127.0.0.1"},
 		{"wrong name of the request", "wss://", byIP, trust + "\n tls_server_name {header.X-Tenant}.test", "", "", "certificate is not valid for any names, but wanted to match right.test"},
 		{"empty name of the request", "wss://", byIP, trust + "\n tls_server_name {header.X-Nothing}", "", "", `tls_server_name "{http.request.header.X-Nothing}" is empty`},
-		{"authority that is not trusted", "wss://", byIP, "tls_trust_pool file " + stranger.file("ca.crt"), "", "", "certificate signed by unknown authority"},
+		{"authority that is not trusted", "wss://", byIP, "tls_trust_pool file " + stranger.File("ca.crt"), "", "", "certificate signed by unknown authority"},
 		{"no pool", "wss://", byIP, "", "", "", "certificate signed by unknown authority"},
 		{"no client certificate", "wss://", private, trust, "", "", "certificate required"},
 		{"client certificate of a stranger", "wss://", private, trust + pair(stranger, "stranger"), "", "", "unknown certificate authority"},
@@ -223,9 +142,9 @@ func TestBackendsBehindTLS(t *testing.T) {
 // A client learns no more than 502; the log has the name that was wanted and the one
 // that is there.
 func TestWrongNameIsLogged(t *testing.T) {
-	ca := newAuthority(t)
-	backend := tlsBackend(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "name", "right.test")}}, greets)
-	p := startBinary(t, "", fmt.Sprintf("websocket_proxy wss://%s {\n tls_trust_pool file %s\n tls_server_name wrong.test\n}", backend, ca.file("ca.crt")))
+	ca := testca.New(t)
+	backend := tlsBackend(t, &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "name", "right.test")}}, greets)
+	p := startBinary(t, "", fmt.Sprintf("websocket_proxy wss://%s {\n tls_trust_pool file %s\n tls_server_name wrong.test\n}", backend, ca.File("ca.crt")))
 	res, _ := rawRequest(t, p.addr, rawUpgrade(p.addr, ""))
 	if got := body(t, res); res.StatusCode != http.StatusBadGateway || got != "" {
 		t.Errorf("got %d %q, want 502 without a body", res.StatusCode, got)
@@ -241,9 +160,9 @@ func TestWrongNameIsLogged(t *testing.T) {
 // Upstreams with and without TLS are one pool. TLS without settings trusts whom the
 // system trusts, which is why this runs the binary.
 func TestPoolOfBothSchemes(t *testing.T) {
-	ca := newAuthority(t)
-	conf := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "ip", "127.0.0.1")}}
-	t.Setenv("SSL_CERT_FILE", ca.file("ca.crt"))
+	ca := testca.New(t)
+	conf := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "ip", "127.0.0.1")}}
+	t.Setenv("SSL_CERT_FILE", ca.File("ca.crt"))
 	upstreams := []string{
 		"wss://" + tlsBackend(t, conf, greets), "ws://" + rawBackend(t, greets),
 		"https://" + tlsBackend(t, conf, greets), rawBackend(t, greets),

@@ -16,17 +16,19 @@ import (
 	"testing"
 
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // asksSNI is a client, from an address, that asks for a name, after other bytes if there are
 // any. It returns an error if there is no handshake, which must not be a timeout.
-func asksSNI(t testing.TB, from, addr, before, name string, a *authority) (*tls.Conn, error) {
+func asksSNI(t testing.TB, from, addr, before, name string, a *testca.Authority) (*tls.Conn, error) {
 	t.Helper()
 	conn := dialFrom(t, from, addr)
 	if _, err := io.WriteString(conn, before); err != nil {
 		return nil, err
 	}
-	secured := tls.Client(conn, &tls.Config{ServerName: name, RootCAs: a.pool()})
+	secured := tls.Client(conn, &tls.Config{ServerName: name, RootCAs: a.Pool()})
 	err := secured.Handshake()
 	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
 		t.Errorf("%s: got no answer to the handshake, and no end", name)
@@ -37,8 +39,8 @@ func asksSNI(t testing.TB, from, addr, before, name string, a *authority) (*tls.
 // The backend behind three hops learns who the client is, and which name it asked for,
 // whatever the versions in between; each hop knows it too.
 func TestChainTellsTheClient(t *testing.T) {
-	a := newAuthority(t)
-	backend, headers := headerBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
+	a := testca.New(t)
+	backend, headers := headerBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}})
 	lanes := []string{"v1-v1-v1", "v2-v2-v2", "v1-v2-v1", "v2-v1-v2"}
 	c := startChain(t, 3, func(c *chain, h *hop, i int) string {
 		return c.tunnels(h, i, lanes, func(lane string) (string, string) {
@@ -81,8 +83,8 @@ func TestChainOfMixedProtocols(t *testing.T) {
 		{"allowed", "route {\nproxy_protocol {\nallow 127.0.0.0/8\nfallback_policy reject\n}\n}\n", self, client},
 		{"of-others", "route {\nproxy_protocol {\nallow 192.0.2.0/24\nfallback_policy reject\n}\n}\n", self, ""},
 	}
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}})
 	inner := &hop{process: &process{proxy: proxy{addr: freeAddr(t), admin: freeAddr(t)}}}
 	var servers, routes strings.Builder
 	for _, accept := range accepts {
@@ -183,8 +185,8 @@ func headerCases(named string) []headerCase {
 // never believed, headers that are wrong end the connection, and neither takes the place of
 // another, who is served meanwhile. The first server is as the README says.
 func TestChainWrongHeaders(t *testing.T) {
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}})
 	const room = 20
 	log := filepath.Join(t.TempDir(), "all.log")
 	at := proxy{addr: freeAddr(t), admin: freeAddr(t)}
@@ -267,7 +269,7 @@ func TestChainWrongHeaders(t *testing.T) {
 
 // sendHeader is a peer, from an address, that sends a header. want is who the client is
 // then, "" if the connection is to be closed.
-func (p *process) sendHeader(t *testing.T, tt headerCase, from, addr, want string, a *authority) {
+func (p *process) sendHeader(t *testing.T, tt headerCase, from, addr, want string, a *testca.Authority) {
 	what := tt.name + " of " + from
 	if tt.silent {
 		conn := dialFrom(t, from, addr)
@@ -296,8 +298,8 @@ func (p *process) sendHeader(t *testing.T, tt headerCase, from, addr, want strin
 // once, and whether it came so is not for the sender to say.
 func TestChainSplitHeaders(t *testing.T) {
 	const named = "198.51.100.7"
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}})
 	at := &hop{process: &process{proxy: proxy{addr: freeAddr(t), admin: freeAddr(t)}}, addr: freeAddr(t)}
 	p := startBinaryAt(t, at.proxy, at.layer4Config(at.addr, "", fromProxies+toSNI("*.chain.test", backend)))
 	for version := byte(1); version <= 2; version++ {
@@ -308,7 +310,7 @@ func TestChainSplitHeaders(t *testing.T) {
 		for cut := range len(header) {
 			conn := dialFrom(t, "127.0.0.1", at.addr)
 			_, _ = conn.Write(header[:cut])
-			secured := tls.Client(&laterConn{conn, header[cut:]}, &tls.Config{ServerName: "one.chain.test", RootCAs: a.pool()})
+			secured := tls.Client(&laterConn{conn, header[cut:]}, &tls.Config{ServerName: "one.chain.test", RootCAs: a.Pool()})
 			err := secured.Handshake()
 			if err == nil {
 				wantEcho(t, secured, "hello")

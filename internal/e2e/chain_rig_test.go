@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // fromProxies has the proxies of 127.0.0.1 begin with a PROXY header, and nobody else
@@ -225,7 +227,7 @@ type laneClient struct {
 }
 
 // enter opens a client of a lane, whose echo comes.
-func (c *chain) enter(t testing.TB, lane string, a *authority) *laneClient {
+func (c *chain) enter(t testing.TB, lane string, a *testca.Authority) *laneClient {
 	t.Helper()
 	conn := dialSNI(t, c.hops[0].addr, lane+".chain.test", a)
 	wantEcho(t, conn, "hello")

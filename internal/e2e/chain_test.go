@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // perLane is how many connections there are of each lane.
@@ -92,12 +94,12 @@ const idleNow = "keep_alive_treatment standard\n inactivity_timeout 1ms\n inacti
 // why; the connections of others go on. Then each hop is killed, and stopped, and comes
 // back.
 func TestChainCloses(t *testing.T) {
-	a := newAuthority(t)
-	conf := &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}}
+	a := testca.New(t)
+	conf := &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}}
 	for _, n := range []int{2, 3} {
 		t.Run(fmt.Sprint(n, " hops"), func(t *testing.T) {
 			backend, mortal := startLaneBackend(t, conf), freeAddr(t)
-			processes := map[string]*exec.Cmd{"backend-killed": python(t, pythonEcho, mortal, a.file("backend.crt"), a.file("backend.key"))}
+			processes := map[string]*exec.Cmd{"backend-killed": python(t, pythonEcho, mortal, a.File("backend.crt"), a.File("backend.key"))}
 			lanes := []string{"stays"}
 			late := make(map[string]map[int]string) // settings, once they are to end what is open
 			c := startChain(t, n, func(c *chain, h *hop, i int) string {
@@ -163,8 +165,8 @@ func TestChainCloses(t *testing.T) {
 // set; their keep-alive may differ.
 func TestChainTimeoutsDiffer(t *testing.T) {
 	const quick = "keep_alive_treatment standard\n inactivity_timeout 1s\n inactivity_grace 0"
-	a := newAuthority(t)
-	backend := startLaneBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "backend", "*.chain.test")}})
+	a := testca.New(t)
+	backend := startLaneBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "backend", "*.chain.test")}})
 	ends := []end{
 		{lane: "outer-first", settings: map[int]string{0: quick}, want: map[int]string{0: "idle"}},
 		{lane: "inner-first", settings: map[int]string{1: quick}, want: map[int]string{1: "idle"}},
@@ -203,7 +205,7 @@ func TestChainTimeoutsDiffer(t *testing.T) {
 
 // testLosses kills each hop, and stops it, with connections. Neither the other hops nor
 // the backend keep any, and new ones are served when it is back.
-func (c *chain) testLosses(t *testing.T, a *authority, backend *laneBackend) {
+func (c *chain) testLosses(t *testing.T, a *testca.Authority, backend *laneBackend) {
 	t.Helper()
 	for i, h := range c.hops {
 		for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
@@ -239,7 +241,7 @@ func (c *chain) reload(t testing.TB) {
 }
 
 // enterAll opens the clients of a lane.
-func (c *chain) enterAll(t testing.TB, lane string, a *authority, read bool) (all []*laneClient) {
+func (c *chain) enterAll(t testing.TB, lane string, a *testca.Authority, read bool) (all []*laneClient) {
 	t.Helper()
 	for range perLane {
 		client := c.enter(t, lane, a)

@@ -16,18 +16,20 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // webSockets is the Caddyfile of a hop that has a site, by TLS, for each lane; settings
 // are those of its handler, upstreams first. The hop before says who the client is.
-func (h *hop) webSockets(a *authority, lanes []string, settings func(lane string) string) string {
+func (h *hop) webSockets(a *testca.Authority, lanes []string, settings func(lane string) string) string {
 	_, port, _ := net.SplitHostPort(h.addr)
 	globals := fmt.Sprintf("metrics\nauto_https disable_redirects\nservers :%s {\nlistener_wrappers {\n"+
 		"proxy_protocol {\ntimeout 5s\nallow 127.0.0.1/32\nfallback_policy reject\n}\ntls\n}\n}", port)
 	var sites strings.Builder
 	for _, lane := range lanes {
 		fmt.Fprintf(&sites, "https://%s.chain.test:%s {\ntls %s %s\nwebsocket_proxy %s\n}\n",
-			lane, port, a.file("backend.crt"), a.file("backend.key"), settings(lane))
+			lane, port, a.File("backend.crt"), a.File("backend.key"), settings(lane))
 	}
 	return h.siteConfig(globals, "respond ok") + sites.String()
 }
@@ -41,10 +43,10 @@ type laneSocket struct {
 }
 
 // socket opens a client of a lane, from another address than the proxies have.
-func (c *chain) socket(t testing.TB, lane string, a *authority) *laneSocket {
+func (c *chain) socket(t testing.TB, lane string, a *testca.Authority) *laneSocket {
 	t.Helper()
 	name := lane + ".chain.test"
-	conn := tls.Client(dialFrom(t, "127.0.0.5", c.hops[0].addr), &tls.Config{ServerName: name, RootCAs: a.pool()})
+	conn := tls.Client(dialFrom(t, "127.0.0.5", c.hops[0].addr), &tls.Config{ServerName: name, RootCAs: a.Pool()})
 	if _, err := conn.Write([]byte(pathed(name, "/?echo=1", ""))); err != nil {
 		t.Fatalf("%s: %v", lane, err)
 	}
@@ -148,8 +150,8 @@ func closesIfAsked(r *http.Request, c *rawConn) {
 // wss goes through a tunnel to a proxy of WebSockets. However one ends, and wherever, soon
 // neither hop has it any more.
 func TestChainOfBoth(t *testing.T) {
-	a := newAuthority(t)
-	a.issue(t, "backend", "*.chain.test")
+	a := testca.New(t)
+	a.Issue(t, "backend", "*.chain.test")
 	backend, mortal := rawBackend(t, closesIfAsked), startBackend(t, "coder", "mortal")
 	lanes := []string{"stays"}
 	outer, inner := make(map[string]string), make(map[string]string) // what lanes take on

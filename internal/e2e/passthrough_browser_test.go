@@ -21,14 +21,16 @@ import (
 
 	"github.com/coder/websocket"
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // A browser talks with a backend that has the certificate. The proxy has none, and no key
 // with which it could read along. (Covers K7.)
 func TestPassthroughBrowser(t *testing.T) {
-	a := newAuthority(t)
+	a := testca.New(t)
 	const name = "wss.test"
-	cert := a.issue(t, name, name)
+	cert := a.Issue(t, name, name)
 	srv := wssServer(t, cert)
 	srv.StartTLS()
 	p, addr := startLayer4(t, "", toSNI(name, srv.Listener.Addr().String()))
@@ -83,8 +85,8 @@ func TestPassthroughBrowser(t *testing.T) {
 // health it checks. (Covers K26.)
 func TestPassthroughOfREADME(t *testing.T) {
 	const name = "ws.example.com"
-	a := newAuthority(t)
-	cert := a.issue(t, name, name)
+	a := testca.New(t)
+	cert := a.Issue(t, name, name)
 	srv := wssServer(t, cert)
 	headers := make(chan *proxyproto.Header, 100)
 	srv.Listener = &proxyproto.Listener{
@@ -115,7 +117,7 @@ func TestPassthroughOfREADME(t *testing.T) {
 	p := startCaddy(t, strings.NewReplacer(own...).Replace(string(sample[1])), "respond ok")
 	var d net.Dialer
 	client := &http.Client{Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: a.pool()},
+		TLSClientConfig: &tls.Config{RootCAs: a.Pool()},
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return d.DialContext(ctx, network, addr)
 		},

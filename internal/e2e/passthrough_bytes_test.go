@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // carriers are the ways of bytes through the proxy: what a client and its backend speak,
@@ -45,8 +47,8 @@ func TestPassthroughBytes(t *testing.T) {
 // arrives unchanged and is counted.
 func testIdentity(t *testing.T, size int64, piece int) {
 	limit := long(60*time.Second, 5*time.Minute)
-	a := newAuthority(t)
-	cert := a.issue(t, "one.test", "one.test")
+	a := testca.New(t)
+	cert := a.Issue(t, "one.test", "one.test")
 	for _, c := range carriers {
 		t.Run(c.name, func(t *testing.T) {
 			backends := make(chan exchange, 1)
@@ -60,7 +62,7 @@ func testIdentity(t *testing.T, size int64, piece int) {
 			})
 			site := "respond ok\n"
 			if c.clientTLS && !c.backendTLS {
-				site += a.site("one.test", port(freeAddr(t)), "respond ok")
+				site += siteOf(a, "one.test", port(freeAddr(t)), "respond ok")
 			}
 			addr := freeAddr(t)
 			p := startCaddy(t, "metrics\nauto_https disable_redirects\nlayer4 {\n"+addr+" {\n"+c.routes(backend+" {\n name bytes\n}")+"}\n}", site)
@@ -70,7 +72,7 @@ func testIdentity(t *testing.T, size int64, piece int) {
 			_ = wire.SetDeadline(time.Now().Add(limit))
 			conn := net.Conn(wire)
 			if c.clientTLS {
-				conn = tls.Client(conn, &tls.Config{ServerName: "one.test", RootCAs: a.pool()})
+				conn = tls.Client(conn, &tls.Config{ServerName: "one.test", RootCAs: a.Pool()})
 			}
 			began := time.Now()
 			client := swap(conn, 1, size, piece)

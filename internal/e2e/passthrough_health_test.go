@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // door is a backend that can be shut and opened again, at one address.
@@ -99,8 +101,8 @@ func (p *proxy) tunnelsTo(t testing.TB, n int, dial func() net.Conn) map[string]
 // A backend that accepts connections, but whose TLS is out of order, gets no new ones
 // with health_tls, and keeps those that it has; health_tcp sees nothing wrong with it.
 func TestPassthroughHealthTLS(t *testing.T) {
-	a := newAuthority(t)
-	conf := &tls.Config{Certificates: []tls.Certificate{a.issue(t, "one.test", "one.test")}}
+	a := testca.New(t)
+	conf := &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "one.test", "one.test")}}
 	choosy := conf.Clone()
 	choosy.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		if hello.ServerName != "one.test" {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // mostHello is the size of the largest ClientHello, with its own header, that matches
@@ -27,7 +29,7 @@ const mostHello = 16<<10 - recordHeader
 const recordHeader = 5
 
 func TestHellos(t *testing.T) {
-	a := newAuthority(t)
+	a := testca.New(t)
 	type side struct {
 		addr string
 		taps chan *tap
@@ -35,7 +37,7 @@ func TestHellos(t *testing.T) {
 	sides := make(map[string]side)
 	var routes strings.Builder
 	for _, name := range []string{"one.test", "two.test"} {
-		addr, taps := tappedBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, name, name)}})
+		addr, taps := tappedBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, name, name)}})
 		sides[name] = side{addr, taps}
 		routes.WriteString(toSNI(name, addr))
 	}
@@ -73,7 +75,7 @@ func TestHellos(t *testing.T) {
 			for name, to := range sides {
 				for again := range times(tt.conf) {
 					conf := cmp.Or(tt.conf, new(tls.Config)).Clone()
-					conf.ServerName, conf.RootCAs = name, a.pool()
+					conf.ServerName, conf.RootCAs = name, a.Pool()
 					if tt.size > 0 {
 						pad(conf, tt.size)
 					}
@@ -128,8 +130,8 @@ func times(conf *tls.Config) int {
 // logged, no backend learns of it, and nothing is left. So is one that does not come in
 // time. (Covers C39. The binary has a log and descriptors of its own.)
 func TestHelloRefused(t *testing.T) {
-	a := newAuthority(t)
-	backend, taps := tappedBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "one.test", "one.test")}})
+	a := testca.New(t)
+	backend, taps := tappedBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "one.test", "one.test")}})
 	patient, hasty := freeAddr(t), freeAddr(t)
 	routes := toSNI("one.test", backend) + toSNI("two.test", backend)
 	p := startBinary(t, "layer4 {\n"+patient+" {\nmatching_timeout 1m\n"+routes+"}\n"+hasty+" {\nmatching_timeout 1s\n"+routes+"}\n}", "respond ok")

@@ -15,12 +15,14 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // The time that matching may take does not bound the life of a tunnel without traffic.
 func TestPassthroughOutlivesMatching(t *testing.T) {
-	a := newAuthority(t)
-	cert := a.issue(t, "one.test", "one.test")
+	a := testca.New(t)
+	cert := a.Issue(t, "one.test", "one.test")
 	layer4 := "layer4 {\n"
 	addrs := make([]string, len(carriers))
 	for i, c := range carriers {
@@ -31,7 +33,7 @@ func TestPassthroughOutlivesMatching(t *testing.T) {
 		addrs[i] = freeAddr(t)
 		layer4 += addrs[i] + " {\nmatching_timeout 2s\n" + c.routes(echoBackend(t, conf)) + "}\n"
 	}
-	p := startCaddy(t, "auto_https disable_redirects\n"+layer4+"}", "respond ok\n"+a.site("one.test", port(freeAddr(t)), "respond ok"))
+	p := startCaddy(t, "auto_https disable_redirects\n"+layer4+"}", "respond ok\n"+siteOf(a, "one.test", port(freeAddr(t)), "respond ok"))
 	conns := make([]net.Conn, len(carriers))
 	for i, c := range carriers {
 		if conns[i] = dialTCP(t, addrs[i]); c.clientTLS {
@@ -50,8 +52,8 @@ func TestPassthroughOutlivesMatching(t *testing.T) {
 // others are Caddy's, with its certificate, over HTTP/1.1 and HTTP/2, WebSockets included. Both
 // outlive matching and a reload. (The binary, because of caddy-l4's data race in its wrapper.)
 func TestPassthroughBesideHTTPS(t *testing.T) {
-	a := newAuthority(t)
-	theirs, own := a.issue(t, "one.test", "one.test"), a.issue(t, "other.test", "other.test")
+	a := testca.New(t)
+	theirs, own := a.Issue(t, "one.test", "one.test"), a.Issue(t, "other.test", "other.test")
 	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{theirs}})
 	_, port, _ := net.SplitHostPort(freeAddr(t))
 	addr := "127.0.0.1:" + port
@@ -59,13 +61,13 @@ func TestPassthroughBesideHTTPS(t *testing.T) {
 		toSNI("one.test", backend) + "}\ntls\n}\n}"
 	talks := startCoderBackend(t)
 	site := func(text string) string {
-		return "respond ok\n" + a.site("other.test", port, "route {\nwebsocket_proxy "+talks+"\nrespond "+text+"\n}")
+		return "respond ok\n" + siteOf(a, "other.test", port, "route {\nwebsocket_proxy "+talks+"\nrespond "+text+"\n}")
 	}
 	p := startBinary(t, globals, site("first"))
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	transport := &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: a.pool()},
+		TLSClientConfig: &tls.Config{RootCAs: a.Pool()},
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, addr)
 		},
@@ -168,6 +170,6 @@ func (p *proxy) waitIdle(t testing.TB, n int, seconds float64) {
 
 // site follows the body of the plain site: another one, over TLS, with the certificate that
 // the authority has issued for its name.
-func (a *authority) site(name, port, body string) string {
-	return fmt.Sprintf("}\nhttps://%s:%s {\ntls %s %s\n%s\n", name, port, a.file(name+".crt"), a.file(name+".key"), body)
+func siteOf(a *testca.Authority, name, port, body string) string {
+	return fmt.Sprintf("}\nhttps://%s:%s {\ntls %s %s\n%s\n", name, port, a.File(name+".crt"), a.File(name+".key"), body)
 }

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // layer4Config is a Caddyfile with a layer4 server at addr that has the given routes,
@@ -96,9 +98,9 @@ func dialTCP(t testing.TB, addr string) *net.TCPConn {
 }
 
 // dialSNI is a TLS client that asks for a name, and trusts the authority.
-func dialSNI(t testing.TB, addr, name string, a *authority) *tls.Conn {
+func dialSNI(t testing.TB, addr, name string, a *testca.Authority) *tls.Conn {
 	t.Helper()
-	conn := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: name, RootCAs: a.pool(), NextProtos: []string{"h2", "http/1.1"}})
+	conn := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: name, RootCAs: a.Pool(), NextProtos: []string{"h2", "http/1.1"}})
 	if err := conn.Handshake(); err != nil {
 		t.Fatalf("handshake with %s: %v", name, err)
 	}

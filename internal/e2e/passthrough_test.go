@@ -18,14 +18,16 @@ import (
 	"time"
 
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // Each server name has its backend, whose certificate the client sees; what matches no
 // route is closed.
 func TestServerNames(t *testing.T) {
-	a := newAuthority(t)
+	a := testca.New(t)
 	backend := func(name string) string {
-		return echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, name, name)}})
+		return echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, name, name)}})
 	}
 	one, two := backend("one.test"), backend("two.test")
 	p, addr := startLayer4(t, "", toSNI("one.test", one)+toSNI("two.test", two))
@@ -57,7 +59,7 @@ func TestServerNames(t *testing.T) {
 	if status := p.call(t, http.MethodGet, "/connections?kind=passthrough", nil); status != http.StatusOK {
 		t.Errorf("filter by kind: got status %d", status)
 	}
-	other := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: "three.test", RootCAs: a.pool()})
+	other := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: "three.test", RootCAs: a.Pool()})
 	if err := other.Handshake(); err == nil {
 		t.Error("a name without a route: got a handshake, want none")
 	}
@@ -72,8 +74,8 @@ func TestServerNames(t *testing.T) {
 
 // The server name makes the upstream's address.
 func TestServerNameInAddress(t *testing.T) {
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "localhost", "localhost")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "localhost", "localhost")}})
 	_, port, _ := net.SplitHostPort(backend)
 	p, addr := startLayer4(t, "", toSNI("localhost", "tcp4/{l4.tls.server_name}:"+port))
 	c := dialSNI(t, addr, "localhost", a)
@@ -212,8 +214,8 @@ func TestPassthroughLimits(t *testing.T) {
 // offered first. (Those behind an incoming header run the binary: caddy-l4 v0.1.2 has a
 // data race of its own there, in a debug message.)
 func TestPassthroughProxyProtocol(t *testing.T) {
-	a := newAuthority(t)
-	backend, headers := headerBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "one.test", "one.test")}})
+	a := testca.New(t)
+	backend, headers := headerBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "one.test", "one.test")}})
 	check := func(t *testing.T, version byte, source string) {
 		t.Helper()
 		h := <-headers
@@ -246,7 +248,7 @@ func TestPassthroughProxyProtocol(t *testing.T) {
 			p := startBinary(t, "layer4 {\n"+addr+" {\nroute {\nproxy_protocol {\nallow 127.0.0.0/8\nfallback_policy reject\n}\n}\n"+toSNI("one.test", settings)+"}\n}", "respond ok")
 			conn := dialTCP(t, addr)
 			_, _ = io.WriteString(conn, "PROXY TCP4 192.0.2.7 192.0.2.8 4711 443\r\n")
-			c := tls.Client(conn, &tls.Config{ServerName: "one.test", RootCAs: a.pool(), NextProtos: []string{"h2"}})
+			c := tls.Client(conn, &tls.Config{ServerName: "one.test", RootCAs: a.Pool(), NextProtos: []string{"h2"}})
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)
 			}
@@ -264,8 +266,8 @@ func TestPassthroughProxyProtocol(t *testing.T) {
 // As a listener wrapper it shares a port with HTTP: what matches is passed on, the rest is
 // served.
 func TestPassthroughBesideHTTP(t *testing.T) {
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "one.test", "one.test")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "one.test", "one.test")}})
 	p := startBinary(t, "servers {\nlistener_wrappers {\nlayer4 {\n"+toSNI("one.test", backend)+"}\n}\n}", "respond ok")
 	c := dialSNI(t, p.addr, "one.test", a)
 	wantEcho(t, c, "hello")
@@ -284,8 +286,8 @@ func TestPassthroughBesideHTTP(t *testing.T) {
 // Each connection has its entry in the access log, at its end: those that ended well, and
 // those that never got to an upstream.
 func TestPassthroughAccessLog(t *testing.T) {
-	a := newAuthority(t)
-	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.issue(t, "one.test", "one.test")}})
+	a := testca.New(t)
+	backend := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{a.Issue(t, "one.test", "one.test")}})
 	dead := freeAddr(t)
 	file := filepath.Join(t.TempDir(), "access.log")
 	globals := "log tunnels {\noutput file " + file + "\nlevel INFO\ninclude layer4.handlers.sni_passthrough\n}"
@@ -299,7 +301,7 @@ func TestPassthroughAccessLog(t *testing.T) {
 	_, _ = io.ReadAll(c)
 	c.Close()
 	p.waitEmpty(t)
-	if err := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: "two.test", RootCAs: a.pool()}).Handshake(); err == nil {
+	if err := tls.Client(dialTCP(t, addr), &tls.Config{ServerName: "two.test", RootCAs: a.Pool()}).Handshake(); err == nil {
 		t.Error("got a handshake with nobody")
 	}
 	type entry struct {

@@ -16,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // helloFor is a ClientHello that asks for a name.
@@ -42,7 +44,7 @@ func helloFor(t testing.TB, name string) []byte {
 type uncleanWorld struct {
 	site, plain     string // addresses
 	secure, patient string // likewise; the latter has a longer matching_timeout
-	ca              *authority
+	ca              *testca.Authority
 	hello, mute     []byte // ClientHellos for the two names
 }
 
@@ -120,7 +122,7 @@ func (w *uncleanWorld) behave(addr string, secure bool) error {
 		CloseWrite() error
 	} = raw
 	if secure {
-		conn = tls.Client(raw, &tls.Config{ServerName: "one.test", RootCAs: w.ca.pool()})
+		conn = tls.Client(raw, &tls.Config{ServerName: "one.test", RootCAs: w.ca.Pool()})
 	}
 	for range 3 {
 		if _, err := io.WriteString(conn, "hello"); err != nil {
@@ -141,8 +143,8 @@ func (w *uncleanWorld) behave(addr string, secure bool) error {
 // bytes and WebSockets, leave nothing, and every slot can be taken again.
 func TestPassthroughUncleanClients(t *testing.T) {
 	const clients, limit = 1000, 500
-	ca := newAuthority(t)
-	secure := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "one.test", "one.test", "mute.test")}})
+	ca := testca.New(t)
+	secure := echoBackend(t, &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "one.test", "one.test", "mute.test")}})
 	w := &uncleanWorld{secure: freeAddr(t), patient: freeAddr(t), plain: freeAddr(t), ca: ca, hello: helloFor(t, "one.test"), mute: helloFor(t, "mute.test")}
 	limits := func(name string) string {
 		return fmt.Sprintf("name unclean-%s\n max_connections %d\n max_connections_per_ip %d", name, limit, limit)

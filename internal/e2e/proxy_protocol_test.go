@@ -16,6 +16,8 @@ import (
 
 	"github.com/gobwas/ws"
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // introduced is a connection as a backend got it: whom the header named, and what
@@ -115,7 +117,7 @@ func (all introductions) check(t testing.TB, version byte, source netip.AddrPort
 func TestProxyProtocolToBackends(t *testing.T) {
 	const wrapper = "servers {\n listener_wrappers {\n proxy_protocol {\n timeout 5s\n allow 127.0.0.1/32\n fallback_policy reject\n}\n}\n trusted_proxies static 203.0.113.0/24\n}"
 	const trusted = "servers {\n trusted_proxies static 127.0.0.1/32\n}"
-	conf := &tls.Config{Certificates: []tls.Certificate{newAuthority(t).issue(t, "ip", "127.0.0.1")}}
+	conf := &tls.Config{Certificates: []tls.Certificate{testca.New(t).Issue(t, "ip", "127.0.0.1")}}
 	for _, version := range []string{"v1", "v2"} {
 		for _, tt := range []struct {
 			name, globals string

@@ -21,6 +21,7 @@ import (
 	"github.com/gobwas/ws"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // C13, C16, C27: clients with and without TLS, of both kinds, some of which stay and some
@@ -29,17 +30,17 @@ import (
 func TestSoak(t *testing.T) {
 	const lodgers, visitors, name = 12, 8, "soak.test"
 	half := long(4*time.Second, 5*time.Minute)
-	a := newAuthority(t)
+	a := testca.New(t)
 	backends := []*backendProcess{startBackend(t, "coder", "a"), startBackend(t, "gorilla", "b")}
 	site := fmt.Sprintf("websocket_proxy %s %s {\n name app\n resume_interval 10ms 500ms\n drain_window 500ms\n}", backends[0].addr, backends[1].addr)
 	_, port, _ := net.SplitHostPort(freeAddr(t))
 	secure, tunnels := "localhost:"+port, freeAddr(t)
-	behindTLS := &tls.Config{Certificates: []tls.Certificate{a.issue(t, name, name)}}
+	behindTLS := &tls.Config{Certificates: []tls.Certificate{a.Issue(t, name, name)}}
 	p := startCaddy(t, fmt.Sprintf("metrics\nskip_install_trust\nlayer4 {\n%s {\n%s%s}\n}", tunnels, toSNI(name, patientBackend(t, behindTLS)), toAll(patientBackend(t, nil))),
 		fmt.Sprintf("%s\n}\nhttps://%s {\n\ttls internal\n\t%s", site, secure, site))
 	s := &soak{
 		proxy: p, tunnels: tunnels, secure: secure, backends: backends,
-		tls: &tls.Config{ServerName: name, RootCAs: a.pool()},
+		tls: &tls.Config{ServerName: name, RootCAs: a.Pool()},
 	}
 	if !eventually(20*time.Second, func() bool {
 		c, err := s.dialTLS()

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 func TestConnectingIsBounded(t *testing.T) {
@@ -95,8 +97,8 @@ func TestHeaderIsBounded(t *testing.T) {
 // The context's end after the header leaves the connection alone, as it is the
 // caller's then.
 func TestConnectionOutlivesTheContext(t *testing.T) {
-	ca := newAuthority(t)
-	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "127.0.0.1")}})
+	ca := testca.New(t)
+	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "127.0.0.1")}})
 	tlsAddress := upstream(t, "tcp", "127.0.0.1:0", serve)
 	plainAddress := upstream(t, "tcp", "127.0.0.1:0", func(conn net.Conn) {
 		if _, err := io.ReadFull(conn, make([]byte, len("PROXY UNKNOWN\r\n"))); err == nil {
@@ -107,7 +109,7 @@ func TestConnectionOutlivesTheContext(t *testing.T) {
 		d *Dialer
 		r Request
 	}{
-		"TLS":   {newDialer(t, "tls_trust_pool file "+ca.file("ca.crt")+"\ntls_timeout 10s", ""), Request{Network: "tcp", Address: tlsAddress, TLS: true}},
+		"TLS":   {newDialer(t, "tls_trust_pool file "+ca.File("ca.crt")+"\ntls_timeout 10s", ""), Request{Network: "tcp", Address: tlsAddress, TLS: true}},
 		"plain": {newDialer(t, "tls", "v1"), Request{Network: "tcp", Address: plainAddress}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -144,8 +146,8 @@ func TestCancelClosesAtOnce(t *testing.T) {
 
 // Every failure after connecting closes the socket, and says what failed.
 func TestFailureClosesTheSocket(t *testing.T) {
-	ca := newAuthority(t)
-	config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "backend.example")}}
+	ca := testca.New(t)
+	config := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "backend.example")}}
 	for name, c := range map[string]struct {
 		serve func(conn net.Conn)
 		lines string
@@ -157,7 +159,7 @@ func TestFailureClosesTheSocket(t *testing.T) {
 		},
 		"wrong certificate": {
 			func(conn net.Conn) { _ = tls.Server(conn, config).Handshake() },
-			"tls_trust_pool file " + ca.file("ca.crt"),
+			"tls_trust_pool file " + ca.File("ca.crt"),
 			"TLS handshake with %: tls: failed to verify certificate: x509: cannot validate certificate for 127.0.0.1",
 		},
 		"closed at once": {func(net.Conn) {}, "tls", "TLS handshake with %: "},

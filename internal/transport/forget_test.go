@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 	"weak"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // dialAndForgetDialer returns a connection whose dialer is garbage, and a weak
@@ -29,8 +31,8 @@ func dialAndForgetDialer(t *testing.T, address, lines string) (net.Conn, weak.Po
 
 // A config is free while a connection made by it lives on.
 func TestConnectionKeepsNoConfig(t *testing.T) {
-	ca := newAuthority(t)
-	backend := ca.issue(t, "backend", "127.0.0.1")
+	ca := testca.New(t)
+	backend := ca.Issue(t, "backend", "127.0.0.1")
 	for name, c := range map[string]struct {
 		version     uint16
 		lines       string
@@ -45,7 +47,7 @@ func TestConnectionKeepsNoConfig(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{backend}, MaxVersion: c.version})
 			conn, pool := dialAndForgetDialer(t, upstream(t, "tcp", "127.0.0.1:0", serve),
-				"tls_trust_pool file "+ca.file("ca.crt")+"\n"+c.lines)
+				"tls_trust_pool file "+ca.File("ca.crt")+"\n"+c.lines)
 			checkEcho(t, conn, "before")
 			if c.renegotiate {
 				for range 5 {

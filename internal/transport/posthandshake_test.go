@@ -19,6 +19,8 @@ import (
 	"net"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 func TestMessagesAfterTheHandshake(t *testing.T) {
@@ -33,11 +35,11 @@ func TestMessagesAfterTheHandshake(t *testing.T) {
 		"several of all":         {ticket, exchange, ticket, update, exchange},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ca := newAuthority(t)
-			config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "127.0.0.1")}, MinVersion: tls.VersionTLS13}
+			ca := testca.New(t)
+			config := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "127.0.0.1")}, MinVersion: tls.VersionTLS13}
 			served := make(chan error, 1)
 			address := upstream(t, "tcp", "127.0.0.1:0", func(conn net.Conn) { served <- sendMessages(conn, config, messages) })
-			d := newDialer(t, "tls_trust_pool file "+ca.file("ca.crt"), "")
+			d := newDialer(t, "tls_trust_pool file "+ca.File("ca.crt"), "")
 			conn, err := d.Dial(testContext(t), Request{Network: "tcp", Address: address, TLS: true})
 			if err != nil {
 				t.Fatal(err)

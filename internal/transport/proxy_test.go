@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/pires/go-proxyproto"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 // bufferedConn is a connection of which some bytes were read already.
@@ -41,9 +43,9 @@ func behind(next func(net.Conn)) (serve func(net.Conn), headers <-chan received)
 }
 
 func TestProxyHeader(t *testing.T) {
-	ca := newAuthority(t)
-	config := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "127.0.0.1")}}
-	lines := "tls_trust_pool file " + ca.file("ca.crt")
+	ca := testca.New(t)
+	config := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "127.0.0.1")}}
+	lines := "tls_trust_pool file " + ca.File("ca.crt")
 	tlvs := []proxyproto.TLV{
 		{Type: proxyproto.PP2_TYPE_AUTHORITY, Value: []byte("ws.example.com")},
 		{Type: proxyproto.PP2_TYPE_ALPN, Value: []byte("h2")},

@@ -12,14 +12,16 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 func TestTLS(t *testing.T) {
-	ca := newAuthority(t)
-	backend := ca.issue(t, "backend", "backend.example", "localhost", "127.0.0.1")
-	nameless := ca.issue(t, "nameless", "nameless.example")
-	ca.issue(t, "proxy")
-	trust := "tls_trust_pool file " + ca.file("ca.crt") + "\n"
+	ca := testca.New(t)
+	backend := ca.Issue(t, "backend", "backend.example", "localhost", "127.0.0.1")
+	nameless := ca.Issue(t, "nameless", "nameless.example")
+	ca.Issue(t, "proxy")
+	trust := "tls_trust_pool file " + ca.File("ca.crt") + "\n"
 
 	type seen struct {
 		sni, alpn, client string
@@ -69,9 +71,9 @@ func TestTLS(t *testing.T) {
 			lines: "tls_insecure_skip_verify", host: "localhost", want: seen{sni: "localhost"},
 		},
 		"a client certificate": {
-			lines: trust + "tls_client_auth " + ca.file("proxy.crt") + " " + ca.file("proxy.key"),
+			lines: trust + "tls_client_auth " + ca.File("proxy.crt") + " " + ca.File("proxy.key"),
 			server: &tls.Config{
-				ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.pool(),
+				ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.Pool(),
 			},
 			want: seen{client: "proxy"},
 		},
@@ -150,7 +152,7 @@ func TestTLSOnlyWhereItIsWanted(t *testing.T) {
 
 // An upstream may want TLS, by its scheme, where no setting is about TLS.
 func TestDefaultsVerify(t *testing.T) {
-	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{newAuthority(t).issue(t, "backend", "127.0.0.1")}})
+	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{testca.New(t).Issue(t, "backend", "127.0.0.1")}})
 	address := upstream(t, "tcp", "127.0.0.1:0", serve)
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	defer cancel()
@@ -163,10 +165,10 @@ func TestDefaultsVerify(t *testing.T) {
 }
 
 func TestUnixSocket(t *testing.T) {
-	ca := newAuthority(t)
-	serve, states := secure(&tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "backend.example")}})
+	ca := testca.New(t)
+	serve, states := secure(&tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "backend.example")}})
 	path := upstream(t, "unix", filepath.Join(t.TempDir(), "a:443"), serve)
-	trust := "tls_trust_pool file " + ca.file("ca.crt") + "\n"
+	trust := "tls_trust_pool file " + ca.File("ca.crt") + "\n"
 	for name, c := range map[string]struct{ lines, sni, err string }{
 		"with a server name":               {lines: trust + "tls_server_name backend.example", sni: "backend.example"},
 		"nothing to verify":                {lines: "tls_insecure_skip_verify"},
@@ -193,14 +195,14 @@ func TestUnixSocket(t *testing.T) {
 
 // Connections that are made at the same time go each by a name of its own.
 func TestConnectionsShareNoName(t *testing.T) {
-	ca := newAuthority(t)
+	ca := testca.New(t)
 	var names []string
 	for i := range 8 {
 		names = append(names, fmt.Sprintf("b%d.example", i))
 	}
-	serve, states := secure(&tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", names...)}})
+	serve, states := secure(&tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", names...)}})
 	address := upstream(t, "tcp", "127.0.0.1:0", serve)
-	d := newDialer(t, "tls_trust_pool file "+ca.file("ca.crt")+"\ntls_server_name {name}", "")
+	d := newDialer(t, "tls_trust_pool file "+ca.File("ca.crt")+"\ntls_server_name {name}", "")
 	var dialing sync.WaitGroup
 	for _, name := range names {
 		dialing.Go(func() {
@@ -227,12 +229,12 @@ func TestConnectionsShareNoName(t *testing.T) {
 // Loading a module takes it out of the settings: a second dialer of the same ones
 // must not trust the system's authorities instead.
 func TestSettingsServeSeveralDialers(t *testing.T) {
-	ca := newAuthority(t)
-	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{ca.issue(t, "backend", "127.0.0.1")}})
+	ca := testca.New(t)
+	serve, _ := secure(&tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "backend", "127.0.0.1")}})
 	address := upstream(t, "tcp", "127.0.0.1:0", serve)
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	defer cancel()
-	settings := mustParse(t, "tls_trust_pool file "+ca.file("ca.crt"))
+	settings := mustParse(t, "tls_trust_pool file "+ca.File("ca.crt"))
 	for range 2 {
 		d, err := New(ctx, patience, settings, "")
 		if err != nil {

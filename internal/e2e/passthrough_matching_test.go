@@ -168,7 +168,7 @@ func (p *proxy) waitIdle(t testing.TB, n int, seconds float64) {
 	}
 }
 
-// site follows the body of the plain site: another one, over TLS, with the certificate that
+// siteOf follows the body of the plain site: another one, over TLS, with the certificate that
 // the authority has issued for its name.
 func siteOf(a *testca.Authority, name, port, body string) string {
 	return fmt.Sprintf("}\nhttps://%s:%s {\ntls %s %s\n%s\n", name, port, a.File(name+".crt"), a.File(name+".key"), body)

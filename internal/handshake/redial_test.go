@@ -161,8 +161,8 @@ func TestRequestRemembersItsClient(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, q := range []*Request{q, q.Redial(deflate.Agreement{}, "attempt=1, replayed=0, cause=1006")} {
-				if q.ClientIP() != test.ip || q.Trusted() != test.trusted || q.TLS() != (test.tls != nil) {
-					t.Errorf("got IP %s, trusted %t, TLS %t", q.ClientIP(), q.Trusted(), q.TLS())
+				if q.ClientIP() != test.ip || q.Trusted() != test.trusted || q.secure != (test.tls != nil) {
+					t.Errorf("got IP %s, trusted %t, TLS %t", q.ClientIP(), q.Trusted(), q.secure)
 				}
 				got, err := q.HTTP()
 				if err != nil {

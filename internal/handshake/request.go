@@ -196,9 +196,6 @@ func (q *Request) ClientIP() string { return q.client.IP }
 // Trusted reports whether the request came from a trusted proxy.
 func (q *Request) Trusted() bool { return q.client.Trusted }
 
-// TLS reports whether the request came over TLS.
-func (q *Request) TLS() bool { return q.secure }
-
 // wire returns the request as it goes to a backend with the given key.
 func (q *Request) wire(key string) []byte {
 	var b bytes.Buffer

@@ -169,9 +169,6 @@ func (a *Address) Dial() string {
 	}
 }
 
-// Host is the host, or the path of a Unix socket.
-func (a *Address) Host() string { return a.host }
-
 // Port is the port, or "" for a Unix socket.
 func (a *Address) Port() string { return a.port }
 

@@ -139,7 +139,6 @@ func TestEndSelected(t *testing.T) {
 		"?route=a&limit=1":                              {400, `unknown parameter "limit"`, false, false, false},
 		"?route=a&state=ajar":                           {400, `unknown state "ajar"`, false, false, false},
 		"?route=a&kind=telegraph":                       {400, `unknown kind "telegraph"`, false, false, false},
-
 		"?route=a&reason=" + strings.Repeat("x", 124): {400, "reason must be UTF-8 of at most 123 bytes", false, false, false},
 	} {
 		t.Run(query, func(t *testing.T) {

@@ -38,12 +38,7 @@ func TestReloadRemovesRoutes(t *testing.T) {
 
 	began := time.Now()
 	h.change(t, site("stays"), tunnel(b[0], "name stays-too"))
-	var webSockets, tunnels []*resident
-	for i := 0; i < len(goers); i += 2 {
-		webSockets, tunnels = append(webSockets, goers[i]), append(tunnels, goers[i+1])
-	}
-	wantClosed(t, 1001, began, 600*time.Millisecond, webSockets...)
-	wantClosed(t, 0, began, 600*time.Millisecond, tunnels...)
+	wantOut(t, began, 600*time.Millisecond, goers...)
 	if got, _ := knock(t, h.addr, "/goes"); got != http.StatusOK {
 		t.Errorf("a new client of a route that is gone: got status %d, want the 200 of what is there now", got)
 	}
@@ -69,9 +64,7 @@ func TestReloadRenamesRoutes(t *testing.T) {
 	began := time.Now()
 	h.change(t, chat("/", w[0], "name app"), tunnel(b[0], "name tunnels"))
 	fresh := h.join(t, 3, "/", h.doors[0])
-	for i, r := range old {
-		wantClosed(t, []uint16{1001, 0}[i%2], began, 0, r)
-	}
+	wantOut(t, began, 300*time.Millisecond, old...)
 	h.waitReason(t, "orphan", before, len(old))
 	wantChatting(t, fresh...)
 	var gone []string
@@ -95,15 +88,13 @@ func TestReloadMovesRoutes(t *testing.T) {
 	h := openHouse(t, "connection_registry {\n orphan_timeout 300ms\n}", routes, named, plain)
 	other := freeAddr(t)
 	stay := h.join(t, 5, "/named", h.doors[0])
-	go1 := h.join(t, 5, "/plain", h.doors[1])
+	goers := h.join(t, 5, "/plain", h.doors[1])
 	opened := map[string]int{"app": 5, "http://" + h.addr + "#2": 5, "tunnels": 5, h.doors[1] + "#1": 5}
 	h.wantContinuous(t, opened)
 
 	began := time.Now()
 	h.follow(t, h.config("", "", "", named, plain)+fmt.Sprintf("http://%s {\n config_probe\n%s respond ok\n}\n", other, routes))
-	for i, r := range go1 {
-		wantClosed(t, []uint16{1001, 0}[i%2], began, 0, r)
-	}
+	wantOut(t, began, 300*time.Millisecond, goers...)
 	wantChatting(t, stay...)
 	for range 2 {
 		stay = append(stay, enterAt(t, other, "/named"), enterAt(t, other, "/plain"), h.pass(t, h.doors[2]), h.pass(t, h.doors[3]))

@@ -175,10 +175,10 @@ func speak(c *net.TCPConn, text string) error {
 		_, err = io.ReadFull(c, got)
 	}
 	switch timeout, ok := err.(net.Error); {
-	case err != nil && (!ok || !timeout.Timeout()):
-		return closing{}
-	case err != nil:
+	case ok && timeout.Timeout():
 		return err
+	case err != nil:
+		return closing{}
 	case string(got) != text:
 		return fmt.Errorf("got %q, want an echo of %q", got, text)
 	}
@@ -192,9 +192,10 @@ func wantChatting(t testing.TB, all ...*resident) {
 	for i, r := range all {
 		before[i] = r.echoed.Load()
 	}
+	deadline := time.Now().Add(20 * time.Second)
 	for i, r := range all {
 		// What was sent before may still be echoed.
-		eventually(20*time.Second, func() bool { return r.echoed.Load() > before[i]+1 || r.over() })
+		eventually(time.Until(deadline), func() bool { return r.echoed.Load() > before[i]+1 || r.over() })
 		if r.over() {
 			t.Errorf("client %d of %d: %v after %d echoes", i, len(all), r.end, r.echoed.Load())
 		} else if r.echoed.Load() <= before[i]+1 {
@@ -217,8 +218,9 @@ func (r *resident) over() bool {
 func wantClosed(t testing.TB, code uint16, from time.Time, window time.Duration, all ...*resident) {
 	t.Helper()
 	ended := make([]time.Time, 0, len(all))
+	deadline := time.Now().Add(window + 20*time.Second)
 	for i, r := range all {
-		if !eventually(window+20*time.Second, r.over) {
+		if !eventually(time.Until(deadline), r.over) {
 			t.Errorf("client %d of %d is not closed", i, len(all))
 			continue
 		}
@@ -230,6 +232,17 @@ func wantClosed(t testing.TB, code uint16, from time.Time, window time.Duration,
 	if window > 0 {
 		wantPaced(t, ended, from, window)
 	}
+}
+
+// wantOut is wantClosed of residents who came in pairs: a WebSocket, a tunnel.
+func wantOut(t testing.TB, from time.Time, window time.Duration, all ...*resident) {
+	t.Helper()
+	var webSockets, tunnels []*resident
+	for i := 0; i < len(all); i += 2 {
+		webSockets, tunnels = append(webSockets, all[i]), append(tunnels, all[i+1])
+	}
+	wantClosed(t, 1001, from, window, webSockets...)
+	wantClosed(t, 0, from, window, tunnels...)
 }
 
 // finish lets residents leave and wants that nothing was wrong.

@@ -77,10 +77,10 @@ func (r *Registry) scan(of *byAge, after string, f func(c *Conn) (more bool)) {
 	}
 }
 
-// survey is scan for all connections, with rests.
-func (r *Registry) survey(after string, f func(c *Conn) (more bool)) {
+// survey is scan with rests.
+func (r *Registry) survey(of *byAge, after string, f func(c *Conn) (more bool)) {
 	for {
-		last, more := r.scanSome(&r.byAge, after, f)
+		last, more := r.scanSome(of, after, f)
 		if !more {
 			return
 		}

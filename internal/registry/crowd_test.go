@@ -74,7 +74,7 @@ func TestALookAtAllLetsTheLockGo(t *testing.T) {
 	const conns, most = 5001, 1000
 	r, _ := bigCrowd(t, conns)
 	looked, let := 0, 0
-	r.survey("", func(*Conn) bool {
+	r.survey(&r.byAge, "", func(*Conn) bool {
 		looked++
 		if looked%most == 1 {
 			from := looked

@@ -114,11 +114,14 @@ func (r *Registry) refusal(t *Route, ip netip.Addr) (reason string, err error) {
 	case t.declared == 0:
 		return "route_gone", ErrRouteGone
 	}
-	r.makeRoom(t)
-	if e := r.exceeded(t, ip); e != nil {
-		return e.Reason, e
+	e := r.exceeded(t, ip)
+	if e == nil || e.Reason == LimitConnections && e.Scope == OfRegistry {
+		r.makeRoom(t)
 	}
-	return "", nil
+	if e == nil {
+		return "", nil // not e: that would be an error
+	}
+	return e.Reason, e
 }
 
 // exceeded is the limit that one more connection would exceed, or nil. The limits

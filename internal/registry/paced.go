@@ -23,7 +23,7 @@ func (r *Registry) EndPaced(route *Route, window time.Duration, e Ending) int {
 func (r *Registry) EndSelected(f Filter, window time.Duration, e Ending) int {
 	var conns []*Conn
 	now := time.Now()
-	r.survey("", func(c *Conn) bool {
+	r.survey(&r.byAge, "", func(c *Conn) bool {
 		if f.selects(c, now) {
 			conns = append(conns, c)
 		}
@@ -53,7 +53,7 @@ func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, wi
 	}
 	var taken []seat
 	now := time.Now()
-	r.scan(&route.byAge, "", func(c *Conn) bool {
+	r.survey(&route.byAge, "", func(c *Conn) bool {
 		if s := (seat{c, c.upstreamKey(), !c.moveAt.IsZero(), c.needsPlan(now)}); s.upstream != "" || s.planned {
 			taken = append(taken, s)
 		}

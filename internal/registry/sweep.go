@@ -69,7 +69,7 @@ func (r *Registry) sweepOn() {
 // sweeper_found_total, which is zero unless there is a bug.
 func (r *Registry) Sweep() {
 	began := time.Now()
-	r.survey("", func(c *Conn) bool {
+	r.survey(&r.byAge, "", func(c *Conn) bool {
 		c.sweep(began)
 		return true
 	})

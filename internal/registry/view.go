@@ -82,7 +82,7 @@ type Filter struct {
 func (r *Registry) List(f Filter, limit int, after string) (page []View, next string) {
 	now := time.Now()
 	page = []View{}
-	r.survey(after, func(c *Conn) bool {
+	r.survey(&r.byAge, after, func(c *Conn) bool {
 		switch {
 		case !f.selects(c, now):
 		case len(page) == limit:
@@ -134,7 +134,7 @@ func (r *Registry) Stats() Stats {
 	// By what is cheap to count by while others wait for the lock.
 	routes, upstreams := make(map[*Route]int), make(map[*Upstream]int)
 	states, younger := make([]int, stateCount), make([]int, len(ageBuckets))
-	r.survey("", func(c *Conn) bool {
+	r.survey(&r.byAge, "", func(c *Conn) bool {
 		s.Total++
 		routes[c.route]++
 		states[c.state]++

@@ -307,35 +307,3 @@ func TestShutdownTwice(t *testing.T) {
 		}
 	})
 }
-
-// leaver is a route's access log that looks for who has just left.
-type leaver struct {
-	r    *Registry
-	told []View
-	left []bool // whether they were still there
-}
-
-func (l *leaver) Ended(v View) {
-	_, there := l.r.Get(v.ID)
-	l.told, l.left = append(l.told, v), append(l.left, there)
-}
-
-// The access log is told once of each connection, when nothing is left of it. C15, C19.
-func TestLogIsToldWhenAllIsOver(t *testing.T) {
-	r := New()
-	route := r.Retain(WebSocket, "a")
-	log := &leaver{r: r}
-	route.Settings.Store(log)
-	c, d := opened(t, r, route, new(owner), "app:80"), admit(t, r, route, new(owner))
-	finish(c, Idle)
-	c.Done()
-	d.Done() // it was never open, and nobody has ended it
-	if len(log.told) != 2 || log.told[0].ID != c.ID() || log.told[0].Reason != Idle || log.told[0].Upstream != "app:80" || log.told[1].Reason != "" {
-		t.Errorf("got %+v, want each connection once with its reason and upstream", log.told)
-	}
-	for i, there := range log.left {
-		if there {
-			t.Errorf("got %s in the registry when the log was told of its end", log.told[i].ID)
-		}
-	}
-}

@@ -132,6 +132,26 @@ func TestPressureAtTheLimit(t *testing.T) {
 	}
 }
 
+// Who has reached a limit of its own makes nobody end.
+func TestPressureIsNotForTheRefused(t *testing.T) {
+	r, route, _ := watched(10, 10)
+	o := new(owner)
+	opened(t, r, route, o, "app:443").HalfClose()
+	r.SetLimits(Limits{Connections: new(10), PerIP: new(1)}, 0)
+	full := r.Retain(Passthrough, "full")
+	full.SetLimits(Limits{Connections: new(1), PerIP: new(0)})
+	opened(t, r, full, new(owner), "app:443")
+	ends, aborts, _ := o.counts()
+	for _, to := range []*Route{route, full} {
+		if _, err := r.Admit(to, Info{Client: "192.0.2.1"}, new(owner)); err == nil {
+			t.Fatal("got it admitted")
+		}
+	}
+	if nowEnds, nowAborts, _ := o.counts(); nowEnds != ends || nowAborts != aborts {
+		t.Errorf("got %d ended and %d cut for those who were refused, want none", nowEnds-ends, nowAborts-aborts)
+	}
+}
+
 // Connections of a route that lifts the limit neither bring pressure nor give way.
 func TestPressureIsOfWhatCounts(t *testing.T) {
 	r, route, n := watched(2, 50)

@@ -24,8 +24,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mholt/caddy-l4/layer4"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/holdfast-proxy/caddy-holdfast"
@@ -106,6 +109,7 @@ func (p *proxy) load(t testing.TB, caddyfile string) {
 	if err := caddy.Load(cfg, true); err != nil {
 		t.Fatalf("loading: %v\n%s", err, caddyfile)
 	}
+	p.waitListeners(t)
 }
 
 // reload loads a Caddyfile through the admin API.
@@ -131,6 +135,33 @@ func (p *proxy) reload(t testing.TB, caddyfile string) {
 	if res.StatusCode != http.StatusOK {
 		msg, _ := io.ReadAll(res.Body)
 		t.Fatalf("reload: %s: %s", res.Status, msg)
+	}
+	p.waitListeners(t)
+}
+
+// waitListeners waits until the config that was replaced listens no more, if Caddy runs
+// in this process: that one resets who has come to it and was not accepted.
+func (p *proxy) waitListeners(t testing.TB) {
+	t.Helper()
+	listen := []string{p.admin}
+	if app, err := caddy.ActiveContext().AppIfConfigured("http"); err == nil {
+		for _, s := range app.(*caddyhttp.App).Servers {
+			listen = append(listen, s.Listen...)
+		}
+	}
+	if app, err := caddy.ActiveContext().AppIfConfigured("layer4"); err == nil {
+		for _, s := range app.(*layer4.App).Servers {
+			listen = append(listen, s.Listen...)
+		}
+	}
+	for _, address := range listen {
+		a, err := caddy.ParseNetworkAddress(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !eventually(20*time.Second, func() bool { return caddy.ListenerUsage(a.Network, a.JoinHostPort(0)) <= 1 }) {
+			t.Errorf("%s: the config that was replaced still listens", address)
+		}
 	}
 }
 

@@ -8,12 +8,13 @@ import (
 )
 
 // Whoever goes through many connections lets others have the lock after atOnce of them.
-// Where nobody waits for the result but an operator, there is a rest as well, so that
-// others have the processor. Yielding would not do: while anything can run, Go's scheduler
-// hardly asks for what has arrived at sockets.
+// Where nobody waits for the result but an operator, there is a rest after each
+// restAfter as well, so that others have the processor. Yielding would not do: while
+// anything can run, Go's scheduler hardly asks for what has arrived at sockets.
 const (
-	atOnce = 1000
-	rest   = 200 * time.Microsecond
+	atOnce    = 1000
+	restAfter = 4 * atOnce
+	rest      = 200 * time.Microsecond // a millisecond, as timers go
 )
 
 // byAge are connections in the order of their age, which is that of their IDs.
@@ -79,13 +80,15 @@ func (r *Registry) scan(of *byAge, after string, f func(c *Conn) (more bool)) {
 
 // survey is scan with rests.
 func (r *Registry) survey(of *byAge, after string, f func(c *Conn) (more bool)) {
-	for {
+	for looked := atOnce; ; looked += atOnce {
 		last, more := r.scanSome(of, after, f)
 		if !more {
 			return
 		}
 		after = last
-		time.Sleep(rest)
+		if looked%restAfter == 0 {
+			time.Sleep(rest)
+		}
 	}
 }
 

@@ -90,7 +90,7 @@ func (c *Conn) closeBy(at time.Time, e Ending) {
 func paced[C any](conns []C, began time.Time, window time.Duration, plan func(c C, at time.Time)) {
 	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
 	for i, c := range conns {
-		if i%atOnce == atOnce-1 {
+		if i%restAfter == restAfter-1 {
 			time.Sleep(rest)
 		}
 		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow

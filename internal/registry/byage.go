@@ -8,14 +8,27 @@ import (
 )
 
 // Whoever goes through many connections lets others have the lock after atOnce of them.
-// Where nobody waits for the result but an operator, there is a rest after each
-// restAfter as well, so that others have the processor. Yielding would not do: while
-// anything can run, Go's scheduler hardly asks for what has arrived at sockets.
+// Where nobody waits for the result but an operator, there is a rest after restAfter of
+// work as well, so that others have the processor. Yielding would not do: while anything
+// can run, Go's scheduler hardly asks for what has arrived at sockets.
 const (
 	atOnce    = 1000
-	restAfter = 4 * atOnce
+	restAfter = 150 * time.Microsecond
 	rest      = 200 * time.Microsecond // a millisecond, as timers go
 )
+
+// work is a long piece of work that is to have rests.
+type work struct{ began time.Time }
+
+func begin() work { return work{time.Now()} }
+
+// rest rests if it is time to.
+func (w *work) rest() {
+	if time.Since(w.began) >= restAfter {
+		time.Sleep(rest)
+		w.began = time.Now()
+	}
+}
 
 // byAge are connections in the order of their age, which is that of their IDs.
 // Registry.mu guards them.
@@ -80,15 +93,9 @@ func (r *Registry) scan(of *byAge, after string, f func(c *Conn) (more bool)) {
 
 // survey is scan with rests.
 func (r *Registry) survey(of *byAge, after string, f func(c *Conn) (more bool)) {
-	for looked := atOnce; ; looked += atOnce {
-		last, more := r.scanSome(of, after, f)
-		if !more {
-			return
-		}
-		after = last
-		if looked%restAfter == 0 {
-			time.Sleep(rest)
-		}
+	w := begin()
+	for more := true; more; w.rest() {
+		after, more = r.scanSome(of, after, f)
 	}
 }
 

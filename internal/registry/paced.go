@@ -89,9 +89,10 @@ func (c *Conn) closeBy(at time.Time, e Ending) {
 // random order, the last one when it ends.
 func paced[C any](conns []C, began time.Time, window time.Duration, plan func(c C, at time.Time)) {
 	rand.Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
+	w := begin()
 	for i, c := range conns {
-		if i%restAfter == restAfter-1 {
-			time.Sleep(rest)
+		if i%100 == 0 {
+			w.rest()
 		}
 		share := float64(i+1) / float64(len(conns)) // a product of integers could overflow
 		plan(c, began.Add(time.Duration(share*float64(window))))

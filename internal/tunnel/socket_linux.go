@@ -25,12 +25,9 @@ func setUserTimeout(socket syscall.Conn, d time.Duration) error {
 func hungUp(conn any) bool {
 	hup := false
 	_ = control(sock.Below(conn), func(fd int) error {
-		fds := []unix.PollFd{{Fd: int32(fd)}}
-		if _, err := unix.Poll(fds, 0); err != nil {
+		events, err := sock.Poll(fd, 0)
+		if err != nil || events&unix.POLLHUP == 0 {
 			return err
-		}
-		if fds[0].Revents&unix.POLLHUP == 0 {
-			return nil
 		}
 		domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 		hup = err == nil && domain != unix.AF_UNIX

@@ -96,6 +96,6 @@ func (a *Answer) Upgrade(o *Opening, w http.ResponseWriter, r *http.Request, dow
 		session.Peer{Conn: conn, Early: early},
 		session.Peer{Conn: a.conn, Early: a.res.Early},
 		a.res.Compression.Compressed())
-	o.rec.Handover(s)
+	o.handover(s)
 	return s, nil
 }

@@ -94,7 +94,7 @@ func (o *Opening) Tunnel(route tunnel.Route, client, backend net.Conn, early []b
 		return nil
 	}
 	t := tunnel.New(o.rec, route, client, backend, early)
-	o.rec.Handover(t)
+	o.handover(t)
 	return t
 }
 

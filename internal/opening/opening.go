@@ -47,11 +47,13 @@ type Opening struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	rec    *registry.Conn
+	handed chan struct{}  // closed by handover, or Close
+	owner  registry.Owner // whose the record is after that; nil if it is over
 }
 
 // New returns an opening that ends with ctx, the client's request.
 func New(ctx context.Context) *Opening {
-	o := new(Opening)
+	o := &Opening{handed: make(chan struct{})}
 	o.ctx, o.cancel = context.WithCancelCause(ctx)
 	return o
 }
@@ -74,12 +76,29 @@ func (o *Opening) Abort() { o.cancel(ErrEnded) }
 // Reconsider implements registry.Owner. A planned end waits for the session.
 func (o *Opening) Reconsider() {}
 
-// Move implements registry.Owner.
-func (o *Opening) Move() error { return session.ErrNotMovable }
+// Move implements registry.Owner. A client whose connection is open has been told
+// so before the session has it: for that moment Move waits.
+func (o *Opening) Move() error {
+	if o.rec.State() != registry.Open {
+		return session.ErrNotMovable
+	}
+	if <-o.handed; o.owner == nil {
+		return session.ErrNotMovable
+	}
+	return o.owner.Move()
+}
+
+// handover gives the record to what was opened.
+func (o *Opening) handover(to registry.Owner) {
+	o.rec.Handover(to)
+	o.owner = to
+	close(o.handed)
+}
 
 // Close ends an opening that did not become a session.
 func (o *Opening) Close() {
 	o.cancel(nil)
+	close(o.handed)
 	o.rec.Done()
 }
 

@@ -249,3 +249,25 @@ func upToLimit(stream []byte, limit int64) (legal []byte, whole bool) {
 		at = len(stream) - from.Len() + int(h.Length)
 	}
 }
+
+// A length that no buffer and no sum of integers holds is a frame like others.
+func TestTheLongestFrameIsStreamed(t *testing.T) {
+	var r Reader
+	r.Init(false, false)
+	wire := append([]byte{0x82, 127, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, make([]byte, 3*MinFragment)...)
+	src, got := bytes.NewReader(wire), 0
+	for src.Len() > 0 {
+		if err := r.Fill(src); err != nil {
+			t.Fatalf("got %v after %d bytes, want fragments", err, got)
+		}
+		for u, err := r.Next(); u != nil || err != nil; u, err = r.Next() {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += len(u.Payload)
+		}
+	}
+	if got < 2*MinFragment {
+		t.Errorf("got %d bytes of payload, want what had come of it", got)
+	}
+}

@@ -304,7 +304,7 @@ func (r *Reader) fitsSmall() bool {
 		return r.rest <= room
 	}
 	size, _ := r.peekHeader()
-	return size == 0 || int64(size)+r.head.Length <= room
+	return size == 0 || r.head.Length <= int64(room-size) // a sum could overflow
 }
 
 // grow moves what is buffered to a large buffer.

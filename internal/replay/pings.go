@@ -7,7 +7,8 @@ import (
 	"slices"
 )
 
-// maxPings bounds the pings that wait. A client decides how many it sends.
+// maxPings bounds the pings that wait, but for one of the proxy's own, for which there
+// is always room. A client decides how many it sends.
 const maxPings = 64
 
 // Pings is the queue of pings written to a backend, the proxy's own and the
@@ -33,16 +34,17 @@ type Match struct {
 }
 
 // Sent adds a ping that is about to be written, at position pos of the client's
-// data. It returns false if there is no room: the ping is not to be written, and
-// one of the client's to be answered by the proxy. An own one takes the place of
-// the oldest own one.
+// data. It returns false if there is no room for one of the client's: it is not to be
+// written, but to be answered by the proxy. An own one takes the place of the oldest
+// own one then.
 func (p *Pings) Sent(payload []byte, own bool, pos uint64) bool {
-	if len(p.waiting) == maxPings {
-		oldest := slices.IndexFunc(p.waiting, func(sent ping) bool { return sent.own })
-		if !own || oldest < 0 {
+	if len(p.waiting) >= maxPings {
+		if !own {
 			return false
 		}
-		p.waiting = slices.Delete(p.waiting, oldest, oldest+1)
+		if oldest := slices.IndexFunc(p.waiting, func(sent ping) bool { return sent.own }); oldest >= 0 {
+			p.waiting = slices.Delete(p.waiting, oldest, oldest+1)
+		}
 	}
 	p.waiting = append(p.waiting, ping{append([]byte{}, payload...), own, pos})
 	return true

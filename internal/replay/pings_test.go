@@ -63,7 +63,7 @@ func TestSamePayloadTwiceIsAnsweredTwice(t *testing.T) {
 	}
 }
 
-func TestOnlyAnOwnPingMakesRoomForAnother(t *testing.T) {
+func TestThereIsAlwaysRoomForOneOwnPing(t *testing.T) {
 	var p Pings
 	p.Sent(nil, false, 0)
 	p.Sent([]byte("own"), true, 1)
@@ -90,8 +90,10 @@ func TestOnlyAnOwnPingMakesRoomForAnother(t *testing.T) {
 	for i := range maxPings {
 		p.Sent(fmt.Appendf(nil, "%d", i), false, uint64(i))
 	}
-	if p.Sent([]byte("own"), true, 1) {
-		t.Error("got room among pings of the client only, want none")
+	for _, own := range []string{"own", "next"} {
+		if !p.Sent([]byte(own), true, 1) || p.Unanswered() != 1 || len(p.waiting) != maxPings+1 {
+			t.Errorf("got %d own pings of %d, want one beside those of the client", p.Unanswered(), len(p.waiting))
+		}
 	}
 }
 

@@ -4,6 +4,7 @@
 package session
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -143,6 +144,26 @@ func TestABackendThatStopsAnsweringIsLost(t *testing.T) {
 		r.backend.behave(func(is *manners) { is.mute = true })
 		muted := time.Now()
 		r.wantEnd(time.Hour, registry.BackendLost, "1014 backend connection lost", "-")
+		if got := r.endedAt.Sub(muted); got < 30*time.Second || got > 61*time.Second {
+			t.Errorf("got the end after %v, want 30s to 61s", got)
+		}
+	})
+}
+
+// Its pings, unanswered, leave the session room for one of its own.
+func TestAClientThatPingsADeadBackendDoesNotKeepIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{settings: defaults})
+		for len(r.backend.pings()) == 0 {
+			r.pass(time.Second)
+		}
+		r.backend.behave(func(is *manners) { is.mute = true })
+		muted := time.Now()
+		for n := 0; r.live() && time.Since(muted) < 5*time.Minute; n++ {
+			r.client.send(r.client.frame(true, 0, ws.OpPing, fmt.Append(nil, n)))
+			r.pass(300 * time.Millisecond)
+		}
+		r.wantEnd(time.Second, registry.BackendLost, "1014 backend connection lost", "-")
 		if got := r.endedAt.Sub(muted); got < 30*time.Second || got > 61*time.Second {
 			t.Errorf("got the end after %v, want 30s to 61s", got)
 		}

@@ -121,9 +121,6 @@ func (s *Session) serve(dst *leg) {
 		return
 	}
 	wire := s.newPing(dst)
-	if wire == nil {
-		return
-	}
 	// While an earlier ping is unanswered its times stand: the peer's silence counts
 	// from there. An upstream that has never answered any ping is not judged by it.
 	judged := dst.side == clientSide || dst.upstream.Answers.Load()
@@ -134,16 +131,13 @@ func (s *Session) serve(dst *leg) {
 	}
 }
 
-// newPing makes a heartbeat, which for a backend asks as well what it has read. It
-// returns nil for a backend that has more pings of the client's to answer than it can.
+// newPing makes a heartbeat, which for a backend asks as well what it has read.
 func (s *Session) newPing(l *leg) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	payload := s.own.next()
 	if l.side == backendSide {
-		if !s.pings.Sent(payload, true, s.queue.Mark()) {
-			return nil
-		}
+		s.pings.Sent(payload, true, s.queue.Mark())
 		l.lastPing, l.pingMark = s.now(), s.queue.Mark()
 		if l.pinged == 0 {
 			l.pinged = l.lastPing

@@ -3,6 +3,7 @@
 package session
 
 import (
+	"math"
 	"time"
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
@@ -23,6 +24,9 @@ const (
 
 	// dormant is how long the clock sleeps when nothing is due.
 	dormant = time.Hour
+
+	// never is a time that does not come.
+	never = time.Duration(math.MaxInt64)
 )
 
 // rouse ends the clock's long sleep: data moves again.
@@ -44,9 +48,10 @@ func (s *Session) tick() {
 	// Settings and plan are read under the lock: who changes them asks for a
 	// look afterwards, which this one cannot overrule.
 	set, now := s.route.Settings(), s.now()
+	s.lookAt = never
 	if s.closing {
 		again, cut := s.checkClosing(now)
-		s.timer.Reset(again)
+		s.lookSoon(again)
 		s.mu.Unlock()
 		if cut {
 			s.Abort()
@@ -86,7 +91,7 @@ func (s *Session) look(now time.Duration, set *Settings) registry.Ending {
 	}
 	due = min(due, s.planned(now, set))
 	if end.Reason == "" {
-		s.timer.Reset(s.sleep(now, due))
+		s.lookSoon(s.sleep(now, due))
 	}
 	return end
 }

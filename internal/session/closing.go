@@ -208,7 +208,7 @@ func (s *Session) tellLast(src, dst *leg) {
 // at the end of ClosingTimeout. Session.mu is held.
 func (s *Session) checkClosing(now time.Duration) (again time.Duration, cut bool) {
 	if now >= s.closingBy {
-		return dormant, true
+		return closingPeriod, true
 	}
 	for _, l := range [...]*leg{&s.client, s.backend()} {
 		silence := now - max(l.saidAt, time.Duration(l.lastRead.Load()))

@@ -266,14 +266,21 @@ func (s *Session) acquit() {
 // takeOver makes what was found the session's backend. If the session has ended
 // meanwhile it is discarded.
 func (s *Session) takeOver(f *Found) {
+	if s.takenOver(f) {
+		return
+	}
+	f.Discard() // without the lock: closing TLS in good order may block
+	if f.Acquitted != nil {
+		f.Acquitted()
+	}
+}
+
+// takenOver is takeOver, unless the session has ended.
+func (s *Session) takenOver(f *Found) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closing || !s.rec.TakeOver(f.Upstream, f.Dial, s.inDoubt) {
-		f.Discard()
-		if f.Acquitted != nil {
-			f.Acquitted()
-		}
-		return
+		return false
 	}
 	l := s.newBackend(f.Upstream, f.Peer)
 	s.acquitted = f.Acquitted
@@ -286,4 +293,5 @@ func (s *Session) takeOver(f *Found) {
 	s.wakeUplink()
 	s.wakeDownlink()
 	s.lookSoon(0)
+	return true
 }

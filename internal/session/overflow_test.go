@@ -198,3 +198,24 @@ func TestAMessageLargerThanTheBufferIsStreamed(t *testing.T) {
 		}
 	}
 }
+
+// The client is read whenever the backend has acknowledged a part of a full buffer: the
+// clock looks all the same.
+func TestALifetimeEndsWhileTheBufferIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := resuming(replay.Unacked)
+		s.ReplayBuffer, s.MaxLifetime = 2000, 10*time.Second
+		r := start(t, setup{settings: s, answers: true, backend: manners{chunk: 1000, every: 100 * time.Millisecond}})
+		for _, m := range numbered(2000, 100) {
+			r.client.send(r.client.text(m))
+		}
+		r.pass(5 * time.Second)
+		if got, _ := r.backend.messages(); len(got) < 100 || len(got) > 1000 {
+			t.Errorf("got %d messages in 5s, want a backend that is slow, and a full buffer", len(got))
+		}
+		r.wait(time.Minute)
+		if got := r.endedAt.Sub(r.began); got > 10*time.Second+activePeriod || r.rec.Ending().Reason != registry.Lifetime {
+			t.Errorf("got the end (%s) after %v, want the lifetime's after 10s", r.rec.Ending().Reason, got)
+		}
+	})
+}

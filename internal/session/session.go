@@ -80,7 +80,8 @@ type Session struct {
 	mu         sync.Mutex
 	changed    sync.Cond // for pumps that wait for something else than bytes
 	timer      *time.Timer
-	reading    *leg // what the downlink reads
+	lookAt     time.Duration // when the clock looks next
+	reading    *leg          // what the downlink reads
 	closing    bool
 	closingBy  time.Duration // on the session's clock
 	finished   bool
@@ -105,14 +106,14 @@ type Session struct {
 // New makes the session of a connection whose handshakes are done. compressed
 // says that permessage-deflate is agreed. The legs are the session's from now on.
 func New(rec *registry.Conn, route Route, upstream *registry.Upstream, client, backend Peer, compressed bool) *Session {
-	s := &Session{rec: rec, route: route, compressed: compressed, jitter: weakrand.Float64() / 10}
+	s := &Session{rec: rec, route: route, compressed: compressed, jitter: weakrand.Float64() / 10, lookAt: never}
 	s.changed.L = &s.mu
 	rand.Read(s.own.nonce[:])
 	s.queue.Init(rec.ReplayMemory())
 	s.client.init(clientSide, client, compressed)
 	s.reading = s.newBackend(upstream, backend)
 	s.current.Store(s.reading)
-	s.timer = time.AfterFunc(dormant, s.tick)
+	s.timer = time.AfterFunc(never, s.tick)
 	return s
 }
 
@@ -172,7 +173,7 @@ func (s *Session) Abort() {
 // what is planned have changed.
 func (s *Session) Reconsider() { s.lookIn(0) }
 
-// lookIn lets the clock look again after d.
+// lookIn lets the clock look after d, if it would not sooner.
 func (s *Session) lookIn(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -184,7 +185,9 @@ func (s *Session) lookSoon(d time.Duration) {
 	if s.closing {
 		d = min(d, closingPeriod)
 	}
-	if !s.finished {
+	d = max(d, 0)
+	if at := s.now() + d; !s.finished && at < s.lookAt {
+		s.lookAt = at
 		s.timer.Reset(d)
 	}
 }

@@ -196,6 +196,7 @@ func (t *Tunnel) checkClosing(now time.Duration) (again time.Duration, cut bool)
 // finish closes both legs and the record, after both pumps have left.
 func (t *Tunnel) finish() {
 	t.rec.Close(registry.Ending{Reason: t.verdict()})
+	t.End(t.rec.Ending()) // whoever decided it may not have got to that yet
 	t.mu.Lock()
 	abortive := t.abortive
 	if abortive && !t.allTaken() {

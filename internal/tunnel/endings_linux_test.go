@@ -286,6 +286,27 @@ func TestEndBeforeRun(t *testing.T) {
 	r.wantEnd(2*time.Second, registry.Admin)
 }
 
+// Who decided the end has not got to telling the tunnel, which has found out by itself.
+func TestResetThatIsToldLate(t *testing.T) {
+	nearClient, client := tcpPair(t)
+	nearBackend, backend := tcpPair(t)
+	r := prepare(t, registry.New(), Settings{}, nearClient, nearBackend, "")
+	r.late = make(chan struct{})
+	r.run()
+	decided := make(chan struct{})
+	go func() { // ends when the tunnel is told
+		defer close(decided)
+		r.rec.Close(registry.Ending{Reason: registry.Reset})
+	}()
+	awaitState(t, r, registry.Closing)
+	breakOff(client)
+	send(t, backend, "x") // which nobody takes
+	wantReset(t, backend)
+	close(r.late)
+	<-decided
+	r.wantEnd(testTimeout, registry.Reset)
+}
+
 func TestAbort(t *testing.T) {
 	eachKind(t, Settings{}, "", func(t *testing.T, r *rig, client, backend peer) {
 		r.rec.Close(registry.Ending{Reason: registry.Shutdown})

@@ -45,6 +45,7 @@ type rig struct {
 	rec    *registry.Conn
 	tunnel *Tunnel
 	done   chan struct{}
+	late   chan struct{} // the tunnel is told of its end when this is closed; nil: at once
 
 	began   time.Time
 	decided time.Time // when the end was; read after done
@@ -72,6 +73,9 @@ func (r *rig) run() {
 // End, Abort, Reconsider and Move put the rig between the record and the tunnel.
 func (r *rig) End(e registry.Ending) {
 	r.decided = time.Now()
+	if r.late != nil {
+		<-r.late
+	}
 	r.tunnel.End(e)
 }
 

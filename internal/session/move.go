@@ -140,7 +140,7 @@ func (s *Session) vacate(ctx context.Context, from *leg) bool {
 		return from.lost || !s.queue.Outstanding() || !s.mayAsk(from), quietTimeout
 	})
 	s.mu.Lock()
-	if !from.lost && !s.closing {
+	if !from.lost && !s.closing && from.parting == 0 {
 		from.parting, from.cause, from.blamed = s.now(), codeGoingAway, true
 		from.leaveClose(codeGoingAway, "")
 		s.wakeUplink()

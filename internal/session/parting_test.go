@@ -125,3 +125,24 @@ func TestMessagesThatComeWhileABackendClosesGoToTheNext(t *testing.T) {
 		})
 	}
 }
+
+// A backend that goes away in the middle of a move has said why, and has its time from then on.
+func TestABackendThatPartsDuringAMoveIsNotLeftOnceMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := startMove(t, replay.Unacked)
+		r.then(dial{after: 2 * time.Second})
+		r.move()
+		r.backend.behave(func(is *manners) { is.silent = true }) // its connection stays
+		r.backend.sendClose(1012, "")
+		parted := time.Now()
+		for r.latest() == r.backend || !r.live() {
+			r.pass(10 * time.Millisecond)
+		}
+		if took := time.Since(parted); took > partingTimeout+closingPeriod+time.Second {
+			t.Errorf("got the next backend after %v, want it soon after %v", took, partingTimeout)
+		}
+		if got := r.wantMoved().told.Cause; got != 1012 {
+			t.Errorf("got cause %d, want the backend's own", got)
+		}
+	})
+}

@@ -54,6 +54,7 @@ type generation struct {
 
 	retained bool
 	stopped  bool
+	serves   atomic.Bool // retained and not stopped: its routes are there, and need no lock
 }
 
 // declaration is a route as a config declares it.
@@ -120,6 +121,7 @@ func (l *lifecycle) stop(g *generation) {
 		return
 	}
 	g.stopped = true
+	g.serves.Store(false)
 	for i, s := range l.started {
 		if s == g {
 			l.started = append(l.started[:i:i], l.started[i+1:]...)
@@ -153,17 +155,25 @@ func (l *lifecycle) stop(g *generation) {
 // the routes; and after the config has been stopped, when the route is the one
 // of the config that followed, provided that it is of the same kind there.
 func (l *lifecycle) route(g *generation, kind registry.Kind, name string) *registry.Route {
+	if !g.serves.Load() { // else a reload that has many connections to tell would be waited for
+		g = l.serving(g)
+	}
+	d := g.routes[name]
+	if d == nil || d.config.common().kind != kind {
+		return nil
+	}
+	return d.route
+}
+
+// serving returns the generation by which requests of g are served, with its routes.
+func (l *lifecycle) serving(g *generation) *generation {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if g.stopped && len(l.started) > 0 {
 		g = l.started[len(l.started)-1]
 	}
 	l.retain(g)
-	d := g.routes[name]
-	if d == nil || d.config.common().kind != kind {
-		return nil
-	}
-	return d.route
+	return g
 }
 
 func init() {
@@ -214,6 +224,7 @@ func (l *lifecycle) retain(g *generation) {
 		}
 		c.pool.Start(d.route)
 	}
+	g.serves.Store(true)
 }
 
 // apply lets the settings of a generation count, for live connections too. Those

@@ -2,6 +2,7 @@ package holdfast
 
 import (
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -46,6 +47,25 @@ func TestTwoGenerations(t *testing.T) {
 	check("the first one has stopped", fresh, true)
 	if failing.left > 0 || old.left == 0 || fresh.left == 0 {
 		t.Errorf("upstreams were left by: old %d, failing %d, fresh %d; want never by the one that failed", old.left, failing.left, fresh.left)
+	}
+}
+
+// A reload may have many connections to tell: new ones do not wait for that.
+func TestRoutesAreFoundDuringAReload(t *testing.T) {
+	l := &lifecycle{registry: registry.New()}
+	g := generationOf(newRouteStub("running"))
+	l.start(g)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	found := make(chan *registry.Route, 1) // nobody may be left to take it
+	go func() { found <- l.route(g, registry.WebSocket, "app") }()
+	select {
+	case route := <-found:
+		if route == nil {
+			t.Error("got no route, want it")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("got no answer while the generations are being changed, want the route")
 	}
 }
 

@@ -93,9 +93,6 @@ func (c *Client) Detach() (conn net.Conn, early []byte, detached bool) {
 	return conn, c.early, true
 }
 
-// Conn is the client's connection as long as it is not detached.
-func (c *Client) Conn() net.Conn { return c.cx }
-
 // filer is a socket of which there can be two descriptors.
 type filer interface {
 	net.Conn

@@ -148,7 +148,7 @@ func (s *Session) collectDown(l *leg, b *batch) (*frame.Unit, error) {
 // told the end it is dropped. next is the size of a unit that is to follow.
 func (s *Session) flushDown(l *leg, b *batch, next int) {
 	if len(b.wire) > 0 {
-		l.unpassed.Store(int64(l.in.Buffered() + next))
+		l.unpassed.Store(int64(l.held() + next))
 		s.mu.Lock()
 		ok := s.client.writable()
 		s.mu.Unlock()

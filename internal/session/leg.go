@@ -105,5 +105,9 @@ func (l *leg) cut() {
 	_ = l.conn.Close()
 }
 
+// held returns how many bytes were read from the leg's socket and wait to be taken. Only
+// the pump that reads the leg may call it.
+func (l *leg) held() int { return l.in.Buffered() + sock.Held(l.conn) }
+
 // ask returns what the kernel knows of the leg.
 func (l *leg) ask() (sock.Info, bool) { return sock.Ask(l.conn) }

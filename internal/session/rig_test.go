@@ -4,6 +4,7 @@
 package session
 
 import (
+	"crypto/tls"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -27,6 +28,7 @@ type setup struct {
 	answers         bool          // the upstream has answered a ping before
 	others          []string      // more upstreams
 	blind           bool          // nothing is known of the first two legs' sockets
+	secure          bool          // the first backend's leg has TLS
 	endDelay        time.Duration // how late the owner is told of the end
 }
 
@@ -129,9 +131,13 @@ func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
 		}
 		return c
 	}
+	backend := seen(r.legs[backendSide])
+	if with.secure {
+		backend = tls.Client(netConn{r.legs[backendSide]}, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // who it is does not matter
+	}
 	r.session = New(rec, r, r.upstream,
 		Peer{Conn: seen(r.legs[clientSide]), Early: early(with.earlyClient, r.client)},
-		Peer{Conn: seen(r.legs[backendSide]), Early: early(with.earlyBackend, r.backend)}, with.compressed)
+		Peer{Conn: backend, Early: early(with.earlyBackend, r.backend)}, with.compressed)
 	t.Cleanup(r.finish)
 	return r
 }

@@ -243,7 +243,7 @@ func (s *Session) flushUp() {
 	b := &s.up
 	// Counted first, so that who sees a message finds it counted.
 	s.rec.Count(registry.In, b.data, b.messages)
-	unpassed := s.client.in.Buffered()
+	unpassed := s.client.held()
 	if b.unit != nil {
 		unpassed += len(b.unit.Wire)
 	}

@@ -6,6 +6,7 @@ package sock
 
 import (
 	"context"
+	"crypto/tls"
 	"net"
 	"reflect"
 	"syscall"
@@ -34,11 +35,14 @@ type Info struct {
 // Asker is a connection without a socket that knows such things itself.
 type Asker interface{ SockInfo() (Info, bool) }
 
-// Ask returns what is known of the socket below conn, through TLS and other
-// wrappers, or false if nothing is. An Asker answers for itself.
+// Ask returns what is known of the socket, or Asker, below conn, through TLS and other
+// wrappers, or false if nothing is.
 func Ask(conn any) (Info, bool) {
 	if a, ok := conn.(Asker); ok {
 		return a.SockInfo()
+	}
+	if t, ok := conn.(*tls.Conn); ok {
+		return Ask(t.NetConn())
 	}
 	sc := Below(conn)
 	if sc == nil {

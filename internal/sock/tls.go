@@ -1,17 +1,25 @@
 package sock
 
 import (
+	"bytes"
 	"crypto/tls"
 	"reflect"
 	"unsafe"
 )
 
-// tlsConfigOffset is where a tls.Conn keeps the config of its handshake, or
-// none if this Go version keeps it elsewhere or as another type.
-var tlsConfigOffset, tlsConfigKnown = func() (uintptr, bool) {
-	f, ok := reflect.TypeFor[tls.Conn]().FieldByName("config")
-	return f.Offset, ok && f.Type == reflect.TypeFor[*tls.Config]()
-}()
+// Where a tls.Conn keeps the config of its handshake, what it has read and not
+// decrypted, and what it has decrypted and not given out; not known if this Go version
+// keeps it elsewhere or as another type.
+var (
+	tlsConfigOffset, tlsConfigKnown = offsetOf[*tls.Config]("config")
+	tlsRawOffset, tlsRawKnown       = offsetOf[bytes.Buffer]("rawInput")
+	tlsPlainOffset, tlsPlainKnown   = offsetOf[bytes.Reader]("input")
+)
+
+func offsetOf[T any](field string) (uintptr, bool) {
+	f, ok := reflect.TypeFor[tls.Conn]().FieldByName(field)
+	return f.Offset, ok && f.Type == reflect.TypeFor[T]()
+}
 
 // CanForgetTLSConfig reports whether ForgetTLSConfig does anything with this
 // version of Go.
@@ -37,3 +45,16 @@ func ForgetTLSConfig(conn *tls.Conn) {
 
 // emptyTLSConfig is shared by all connections; crypto/tls locks what it changes.
 var emptyTLSConfig = new(tls.Config)
+
+// Held returns how many bytes a TLS connection has read and not given to its reader,
+// those of records that are not complete included; 0 for any other connection, and
+// where this version of Go does not show it. Only its reader may call it.
+func Held(conn any) int {
+	t, ok := conn.(*tls.Conn)
+	if !ok || !tlsRawKnown || !tlsPlainKnown {
+		return 0
+	}
+	raw := (*bytes.Buffer)(unsafe.Add(unsafe.Pointer(t), tlsRawOffset))
+	plain := (*bytes.Reader)(unsafe.Add(unsafe.Pointer(t), tlsPlainOffset))
+	return raw.Len() + plain.Len()
+}

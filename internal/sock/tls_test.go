@@ -26,6 +26,27 @@ func TestThisGoVersionIsSupported(t *testing.T) {
 	}
 }
 
+// What TLS has read ahead is not in the socket any more.
+func TestHeld(t *testing.T) {
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		t.Run(tls.VersionName(version), func(t *testing.T) {
+			server, client, _ := tlsPair(t, version)
+			if _, err := client.Write(make([]byte, 100)); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := io.ReadFull(server, make([]byte, 10)); err != nil {
+				t.Fatal(n, err)
+			}
+			if got := Held(server); got != 90 {
+				t.Errorf("got %d bytes held, want 90: crypto/tls may have changed", got)
+			}
+			if got := Held(server.NetConn()); got != 0 {
+				t.Errorf("got %d bytes held by a socket, want 0", got)
+			}
+		})
+	}
+}
+
 // certificate makes one for localhost.
 func certificate(t *testing.T) (tls.Certificate, *x509.CertPool) {
 	t.Helper()

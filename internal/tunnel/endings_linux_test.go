@@ -112,7 +112,7 @@ func TestReset(t *testing.T) {
 				_ = one.CloseWrite()
 				wantEOF(t, other)
 				breakOff(one)
-				r.wantEnd(2*time.Second, registry.Reset)
+				r.wantEnd(soon, registry.Reset)
 				// It has read the end of the one way; the other one is broken.
 				if err := flood(other); !errors.Is(err, syscall.EPIPE) {
 					t.Errorf("got %v, want it broken", err)
@@ -132,7 +132,7 @@ func TestResetIsNeverTakenForAnEnd(t *testing.T) {
 		_, _ = io.ReadFull(backend, make([]byte, 1+rand.IntN(300_000)))
 		breakOff(backend)
 		wantToldReset(t, client, <-flooded)
-		r.wantEnd(2*time.Second, registry.Reset)
+		r.wantEnd(soon, registry.Reset)
 	}
 }
 
@@ -141,7 +141,7 @@ func TestPeerThatLeavesWhileTheOtherDoesNotRead(t *testing.T) {
 		r, client, _ := tcpRig(t, Settings{}, "")
 		block(t, client, &r.tunnel.up)
 		breakOff(client)
-		r.wantEnd(4*time.Second, registry.Reset)
+		r.wantEnd(soon, registry.Reset)
 	})
 	t.Run("FIN", func(t *testing.T) {
 		r, client, backend := tcpRig(t, Settings{}, "")
@@ -150,13 +150,13 @@ func TestPeerThatLeavesWhileTheOtherDoesNotRead(t *testing.T) {
 		awaitState(t, r, registry.HalfOpen)
 		_, _ = io.Copy(io.Discard, backend)
 		_ = backend.Close()
-		r.wantEnd(2*time.Second, registry.EOF)
+		r.wantEnd(soon, registry.EOF)
 	})
 }
 
 func awaitState(t *testing.T, r *rig, want registry.State) {
 	t.Helper()
-	for deadline := time.Now().Add(3 * time.Second); r.rec.State() != want; runtime.Gosched() {
+	for deadline := time.Now().Add(testTimeout); r.rec.State() != want; runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatalf("got state %v, want %v", r.rec.State(), want)
 		}
@@ -226,7 +226,7 @@ func TestEndDeliversWhatHasArrived(t *testing.T) {
 				t.Errorf("got %d bytes, %v, want %d and the end", got, err, size)
 			}
 			_, _ = client.Close(), backend.Close()
-			r.wantEnd(2*time.Second, registry.Shutdown)
+			r.wantEnd(soon, registry.Shutdown)
 		})
 	}
 }
@@ -250,7 +250,7 @@ func TestEndIsReadByAPeerThatSends(t *testing.T) {
 		t.Errorf("got %d bytes, %v, want %d and the end", got, err, size)
 	}
 	_ = client.Close()
-	r.wantEnd(2*time.Second, registry.Lifetime)
+	r.wantEnd(soon, registry.Lifetime)
 }
 
 func TestEndOfPeersThatDoNotAnswer(t *testing.T) {
@@ -266,7 +266,7 @@ func TestEndOfPeersThatDoNotAnswer(t *testing.T) {
 	for _, r := range []*rig{silent, blocked, talking} {
 		r.rec.Close(registry.Ending{Reason: registry.Shutdown})
 	}
-	silent.wantEnd(2*time.Second, registry.Shutdown)
+	silent.wantEnd(soon, registry.Shutdown)
 	wantEOF(t, client)
 	wantEOF(t, backend)
 	blocked.wantEnd(registry.ClosingTimeout+time.Second, registry.Shutdown)
@@ -283,7 +283,7 @@ func TestEndBeforeRun(t *testing.T) {
 	wantText(t, backend, "early")
 	wantEOF(t, backend)
 	wantEOF(t, client)
-	r.wantEnd(2*time.Second, registry.Admin)
+	r.wantEnd(soon, registry.Admin)
 }
 
 // Who decided the end has not got to telling the tunnel, which has found out by itself.

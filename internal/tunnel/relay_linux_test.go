@@ -264,5 +264,5 @@ func TestConnWithoutHalfClose(t *testing.T) {
 	_ = client.SetDeadline(time.Now().Add(testTimeout))
 	wantText(t, client, "last")
 	wantEOF(t, client)
-	r.wantEnd(2*time.Second, registry.EOF)
+	r.wantEnd(soon, registry.EOF)
 }

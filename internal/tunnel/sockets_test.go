@@ -13,6 +13,9 @@ import (
 // testTimeout bounds whatever a test over sockets waits for.
 const testTimeout = 20 * time.Second
 
+// soon is a second as a busy machine counts it, and less than registry.ClosingTimeout.
+const soon = 4 * time.Second
+
 // tcpPair returns both ends of a connection over loopback.
 func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 	t.Helper()

@@ -236,3 +236,22 @@ func TestCoalescedPongsAnswerEachPingOnce(t *testing.T) {
 		})
 	}
 }
+
+// While the client takes nothing its pings are answered here, also if an earlier one is
+// on its way to the backend.
+func TestAPingOfASlowClientBehindAnotherIsAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{buffer: 100, backend: manners{stalled: true}})
+		r.client.send(r.client.frame(true, 0, ws.OpPing, []byte("a")))
+		r.pass(time.Second)
+		r.client.stall()
+		r.backend.send(r.backend.binary(1000))
+		r.pass(time.Second)
+		r.client.send(r.client.frame(true, 0, ws.OpPing, []byte("b")))
+		r.pass(time.Second)
+		r.backend.resume()
+		r.client.resume()
+		r.pass(10 * time.Second)
+		wantPonged(t, r.client, []string{"a", "b"}, true)
+	})
+}

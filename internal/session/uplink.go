@@ -325,12 +325,13 @@ func (s *Session) controlUp(u *frame.Unit) {
 	}
 	s.mu.Lock()
 	b := s.backend()
-	pass := b.writable() && !b.lost
+	there := b.writable() && !b.lost
+	pass := there
 	if u.Op == ws.OpPing {
 		// One that the backend cannot answer, because the client takes nothing, would
 		// get stuck there, as our own would: it waits here, behind what is not taken.
-		pass = pass && s.calm(b, s.now())
-		known := (pass || !b.settled && s.pings.Clients()) && s.pings.Sent(payload, false, s.queue.Mark())
+		pass = there && s.calm(b, s.now())
+		known := (pass || !there && !b.settled && s.pings.Clients()) && s.pings.Sent(payload, false, s.queue.Mark())
 		pass = pass && known
 		if !known && !s.closing {
 			s.answer(payload)

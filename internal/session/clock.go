@@ -247,7 +247,7 @@ func (s *Session) vanishedUnread(l *leg) bool {
 	if !known {
 		return false
 	}
-	lastWord := l.side == clientSide && l.waiting.Load() != 0 && s.queue.Buffered() > 0
+	lastWord := l.side == clientSide && l.waiting.Load() != 0 && (s.queue.Buffered() > 0 || s.owes())
 	return info.Reset || info.Finished && info.Unread == 0 && l.unpassed.Load() == 0 && !lastWord
 }
 

@@ -195,10 +195,7 @@ func (s *Session) full(to *leg) {
 	if s.fullAt == 0 {
 		s.fullAt = s.now()
 	}
-	if s.queue.Outstanding() && to.pingMark < s.queue.Mark() && s.mayAsk(to) && s.calm(to, s.now()) {
-		to.wantPing = true
-		s.upWork.Store(true)
-	}
+	s.askNow(to)
 }
 
 // receiver returns the backend that may be written u right after what is in the
@@ -340,25 +337,6 @@ func (s *Session) controlUp(u *frame.Unit) {
 	s.mu.Unlock()
 	if pass {
 		s.write(b, u.Wire)
-	}
-}
-
-// deliver waits, when the client has said its last word, until a backend has got
-// all of its messages, or there is nothing to deliver, or the session ends.
-func (s *Session) deliver() {
-	done := func() bool {
-		b := s.backend()
-		return s.queue.Empty() || b.writable() && !b.lost && !s.queue.Backlog() && !s.search.halt
-	}
-	for {
-		s.mu.Lock()
-		over := s.closing || done()
-		s.mu.Unlock()
-		if over {
-			return
-		}
-		s.await(done)
-		s.attend()
 	}
 }
 

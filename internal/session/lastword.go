@@ -20,11 +20,12 @@ func (s *Session) deliver() {
 		got := s.queue.Empty() || live && !s.queue.Backlog() && !s.search.halt
 		return got && (!s.owes() || live && !s.tells(b, since))
 	}
-	for {
+	for asked := uint64(0); ; {
 		s.mu.Lock()
 		over := s.closing || done()
-		if b := s.backend(); !over && s.owes() {
-			s.askNow(b)
+		if mark := s.queue.Mark(); !over && s.owes() && asked != mark {
+			s.askNow(s.backend())
+			asked = mark // if that fails, the clock asks again
 		}
 		s.mu.Unlock()
 		if over {
@@ -52,7 +53,7 @@ func (s *Session) tells(b *leg, since time.Duration) bool {
 
 // askNow asks a backend what it has read, once for what it has. Session.mu is held.
 func (s *Session) askNow(b *leg) {
-	if s.queue.Outstanding() && b.pingMark < s.queue.Mark() && s.mayAsk(b) && s.calm(b, s.now()) {
+	if b.writable() && s.queue.Outstanding() && b.pingMark < s.queue.Mark() && s.mayAsk(b) && s.calm(b, s.now()) {
 		b.wantPing = true
 		s.upWork.Store(true)
 	}

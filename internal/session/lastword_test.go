@@ -131,3 +131,27 @@ func TestTheLastWordFollowsWhatWasRead(t *testing.T) {
 		}
 	}
 }
+
+// A backend that has said that it goes is asked nothing more; what it leaves unread is
+// known when it is gone.
+func TestTheLastWordToABackendThatGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := start(t, setup{settings: resuming(replay.Unacked), backend: manners{stalled: true}, answers: true})
+		r.always(dial{})
+		messages := numbered(3, 10)
+		for _, m := range messages {
+			r.client.send(r.client.text(m))
+			r.pass(10 * time.Millisecond) // a ping has followed the first one only
+		}
+		r.backend.sendClose(1012, "")
+		r.pass(10 * time.Millisecond)
+		r.client.sendClose(1000, "bye")
+		r.wait(10 * time.Second)
+		if got := r.client.farewell(t); got != "1000 bye" {
+			t.Errorf("got client told %q, want its own words", got)
+		}
+		if got, _ := r.latest().messages(); len(r.used()) != 2 || !slices.Equal(got, messages) {
+			t.Errorf("got %q delivered to %d backends, want all that was sent at the second one", got, len(r.used()))
+		}
+	})
+}

@@ -114,9 +114,17 @@ func (l *leg) leaveClose(code uint16, text string) {
 	}
 }
 
+// leaveEcho leaves its own code with a peer that has closed and got no answer.
+// Session.mu is held.
+func (l *leg) leaveEcho() {
+	if l.heard && !l.said && !l.wantClose {
+		l.wantClose, l.closeCode, l.closeText = true, l.echo, ""
+	}
+}
+
 // closeFrom handles a close frame of src: it is passed on as it is, unless dst
-// was told another end before or is about to be, or only the backend's part in the
-// session is over.
+// was told another end before or is about to be, or it ends only the backend's part in
+// the session.
 func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	if src.side == backendSide && s.part(src, u) {
 		return
@@ -131,6 +139,12 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 	s.rec.Close(registry.Ending{Reason: reason})
 	s.mu.Lock()
 	pass := dst.writable() && !dst.wantClose
+	if src.parting != 0 && dst.heard {
+		// It answers us, who have left it; the client closed meanwhile.
+		pass = false
+		dst.leaveEcho()
+		s.downWork.Store(true)
+	}
 	if pass {
 		dst.said = true
 	}
@@ -196,9 +210,7 @@ func (s *Session) finishedWith(l *leg) bool {
 func (s *Session) tellLast(src, dst *leg) {
 	s.End(s.rec.Ending()) // whoever decided it may not have got to that yet
 	s.mu.Lock()
-	if dst.heard && !dst.said && !dst.wantClose {
-		dst.wantClose, dst.closeCode, dst.closeText = true, dst.echo, ""
-	}
+	dst.leaveEcho()
 	s.mu.Unlock()
 	s.serve(dst)
 }

@@ -343,3 +343,26 @@ func (r *rig) wantEndAnywhere(limit time.Duration, reason registry.Reason, clien
 		r.t.Errorf("got client told %q, want %q", got, client)
 	}
 }
+
+// The answer of the backend that is being left is an answer to us, not to the client.
+func TestTheClientClosesAsTheOldBackendAnswers(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := startMove(t, mode)
+				r.backend.behave(func(is *manners) { is.silent = true })
+				r.move()
+				r.pass(500 * time.Millisecond) // it was told
+				r.client.sendClose(1000, "bye")
+				r.pass(time.Millisecond)
+				r.backend.sendClose(1001, "")
+				r.pass(time.Millisecond)
+				if got := r.client.farewell(t); got != "1000" {
+					t.Errorf("got client told %q, want its own code", got)
+				}
+				r.backend.exit()
+				r.wantEnd(10*time.Second, registry.ClientClosed, "1000", "1001")
+			})
+		})
+	}
+}

@@ -305,9 +305,8 @@ func (h *WebSocketProxy) live() settings.Live {
 
 // clientInfo is what the registry shows of a request.
 func clientInfo(r *http.Request) registry.Info {
-	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 	info := registry.Info{
-		Kind: registry.WebSocket, Client: ip, Host: r.Host, URI: r.RequestURI, Protocol: "h1",
+		Kind: registry.WebSocket, Client: registry.ClientIP(clientAddr(r).Addr()), Host: r.Host, URI: r.RequestURI, Protocol: "h1",
 	}
 	if r.TLS != nil {
 		info.SNI = r.TLS.ServerName

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -58,7 +59,7 @@ func (a *api) endAll(w http.ResponseWriter, r *http.Request) error {
 			return refuse(http.StatusBadRequest, err)
 		}
 	}
-	if f == (registry.Filter{}) {
+	if !slices.ContainsFunc(filters, func(name string) bool { return q[name] != "" }) {
 		return refuse(http.StatusBadRequest, errors.New("no filter: say which connections are to end"))
 	}
 	n := a.reg.EndSelected(f, window, e)

@@ -132,14 +132,15 @@ func TestEndSelected(t *testing.T) {
 		"?route=a":                                      {202, `{"matched":2}`, false, false, false}, // in good time
 		"":                                              {400, "no filter", false, false, false},
 		"?window=0":                                     {400, "no filter", false, false, false},
-		"?route=":                                       {400, "no filter", false, false, false},
+		"?route=&min_age=0":                             {400, `route is empty: ""`, false, false, false},
+		"?min_age=0&window=0":                           {202, `{"matched":3}`, true, true, true},
 		"?route=a&window=-1s":                           {400, `window must be a duration: "-1s"`, false, false, false},
 		"?route=a&window=soon":                          {400, `window must be a duration: "soon"`, false, false, false},
 		"?route=a&code=1005":                            {400, `code must be a close code that may be sent: "1005"`, false, false, false},
 		"?route=a&limit=1":                              {400, `unknown parameter "limit"`, false, false, false},
 		"?route=a&state=ajar":                           {400, `unknown state "ajar"`, false, false, false},
 		"?route=a&kind=telegraph":                       {400, `unknown kind "telegraph"`, false, false, false},
-		"?route=a&reason=" + strings.Repeat("x", 124): {400, "reason must be UTF-8 of at most 123 bytes", false, false, false},
+		"?route=a&reason=" + strings.Repeat("x", 124):   {400, "reason must be UTF-8 of at most 123 bytes", false, false, false},
 	} {
 		t.Run(query, func(t *testing.T) {
 			s := newSite(t)

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -14,10 +16,13 @@ import (
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 )
 
+// filters are the parameters that select connections.
+var filters = []string{"kind", "route", "upstream", "state", "client", "min_age"}
+
 // filtered returns the request's parameters, of which there may be those named beside
 // those of a filter, and the filter.
 func filtered(r *http.Request, known ...string) (q map[string]string, f registry.Filter, err error) {
-	q, err = query(r, append([]string{"kind", "route", "upstream", "state", "client", "min_age"}, known...)...)
+	q, err = query(r, slices.Concat(filters, known)...)
 	if err != nil {
 		return nil, f, err
 	}
@@ -27,9 +32,22 @@ func filtered(r *http.Request, known ...string) (q map[string]string, f registry
 	return q, f, nil
 }
 
-// filter reads the parameters that select connections.
+// filter reads the parameters that select connections. An empty one is an error: a
+// script's variable that is not set must not select all.
 func filter(q map[string]string) (f registry.Filter, err error) {
-	f.Route, f.Upstream, f.Client = q["route"], q["upstream"], q["client"]
+	for _, name := range filters {
+		if v, ok := q[name]; ok && v == "" {
+			return f, fmt.Errorf("%s is empty: %q", name, v)
+		}
+	}
+	f.Route, f.Upstream = q["route"], q["upstream"]
+	if v, ok := q["client"]; ok {
+		ip, err := netip.ParseAddr(v)
+		if err != nil {
+			return f, fmt.Errorf("client must be an IP address: %q", v)
+		}
+		f.Client = registry.ClientIP(ip)
+	}
 	if v, ok := q["kind"]; ok {
 		if f.Kind = registry.Kind(v); f.Kind != registry.WebSocket && f.Kind != registry.Passthrough {
 			return f, fmt.Errorf("unknown kind %q", v)

@@ -63,6 +63,8 @@ func TestListFilters(t *testing.T) {
 		{values("route", "route with space & more"), []*registry.Conn{b}},
 		{values("upstream", "unix//run/app.sock"), []*registry.Conn{b}},
 		{values("client", "2001:db8::1"), []*registry.Conn{b}},
+		{values("client", "2001:DB8:0::1"), []*registry.Conn{b}},
+		{values("client", "::ffff:10.0.0.1"), []*registry.Conn{a}},
 		{values("state", "open"), []*registry.Conn{a, b}},
 		{values("state", "closing"), []*registry.Conn{c}},
 		{values("state", "connecting"), nil},
@@ -93,6 +95,7 @@ func TestListRefusesBadFilters(t *testing.T) {
 	s := newSite(t)
 	for _, query := range []string{
 		"?kind=", "?kind=http", "?kind=WebSocket", "?state=", "?state=OPEN", "?state=1", "?state=none",
+		"?route=", "?upstream=", "?client=", "?client=localhost", "?client=10.0.0.0/8",
 		"?min_age=", "?min_age=x", "?min_age=-1", "?min_age=-5s", "?min_age=1.5", "?min_age=5%20s",
 		"?limit=", "?limit=0", "?limit=-1", "?limit=1001", "?limit=x", "?limit=1.5", "?limit=99999999999999999999", "?limit=%201",
 	} {

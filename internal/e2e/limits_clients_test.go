@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -75,6 +76,11 @@ func TestWhoIsOneClient(t *testing.T) {
 			}
 			if got, want := int(backend.dials.Load()), len(tt.first)+len(tt.others); got != want {
 				t.Errorf("dials: got %d, want %d", got, want)
+			}
+			for _, c := range p.connections(t) {
+				if ip := netip.MustParseAddr(c.Client); ip.Is4In6() {
+					t.Errorf("client: got %s, want %s", ip, ip.Unmap())
+				}
 			}
 		})
 	}

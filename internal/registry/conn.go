@@ -2,6 +2,7 @@ package registry
 
 import (
 	"container/list"
+	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -39,11 +40,20 @@ type Owner interface {
 // Info is what is known of a connection when it is accepted.
 type Info struct {
 	Kind     Kind
-	Client   string // the client's IP that Caddy trusts
+	Client   string // the client's IP that Caddy trusts, as ClientIP has it
 	Host     string
 	URI      string
 	SNI      string
 	Protocol string // h1
+}
+
+// ClientIP is how a client is named: IPv4 also if it is mapped into IPv6, without a
+// zone; "" for one without an IP.
+func ClientIP(ip netip.Addr) string {
+	if !ip.IsValid() {
+		return ""
+	}
+	return ip.Unmap().WithZone("").String()
 }
 
 // Conn is the record of one connection. It exists from the moment it is admitted

@@ -308,3 +308,48 @@ func TestPassthroughDrainAndReload(t *testing.T) {
 	next.Close()
 	c.Close()
 }
+
+// A client for which an upstream is being dialed stays on the next one, when a reload takes
+// away the first; it ends in time if its route is taken away, or the API says so.
+func TestReloadWhileDialing(t *testing.T) {
+	const globals = "connection_registry {\n orphan_timeout 3s\n}"
+	full, backend, gone := fullBacklog(t), echoBackend(t, nil), echoBackend(t, nil)
+	servers := map[string]*layer4Server{
+		"stays":    {freeAddr(t), toAll(full + " " + backend + " {\n lb_policy first\n dial_timeout 2s\n}")},
+		"upstream": {freeAddr(t), toAll(gone)},
+		"route":    {freeAddr(t), toAll(full + " {\n name gone\n dial_timeout 10m\n}")},
+		"api":      {freeAddr(t), toAll(full + " {\n name told\n dial_timeout 10m\n}")},
+	}
+	config := func() string {
+		return layer4Servers(globals, *servers["stays"], *servers["upstream"], *servers["route"], *servers["api"])
+	}
+	p := startCaddy(t, config(), "respond ok")
+	conns := make(map[string]*net.TCPConn)
+	for name, s := range servers {
+		conns[name] = dialTCP(t, s.addr)
+		_, _ = io.WriteString(conns[name], "hello")
+	}
+	if !eventually(10*time.Second, func() bool { return len(p.connections(t)) == len(servers) }) {
+		t.Fatalf("connections: got %+v, want %d", p.connections(t), len(servers))
+	}
+	if status := p.call(t, http.MethodDelete, "/connections?route=told&window=100ms", nil); status != http.StatusAccepted {
+		t.Errorf("ending a route's connections: got %d, want 202", status)
+	}
+	servers["stays"].routes = toAll(backend + " {\n dial_timeout 2s\n}")
+	servers["upstream"].routes = toAll(backend)
+	servers["route"].routes = toAll(backend + " {\n name another\n}")
+	p.reload(t, p.siteConfig(config(), "respond ok"))
+	got := make([]byte, len("hello"))
+	for _, name := range []string{"stays", "upstream"} {
+		if _, err := io.ReadFull(conns[name], got); err != nil || string(got) != "hello" {
+			t.Fatalf("%s: got %q, %v", name, got, err)
+		}
+	}
+	for _, name := range []string{"api", "route", "upstream"} {
+		wantEnd(t, conns[name])
+	}
+	// What must not end it would have come by now, as it came for the others.
+	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); {
+		wantEcho(t, conns["stays"], "still")
+	}
+}

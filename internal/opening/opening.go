@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -46,9 +47,12 @@ type Config struct {
 type Opening struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	rec    *registry.Conn
 	handed chan struct{}  // closed by handover, or Close
 	owner  registry.Owner // whose the record is after that; nil if it is over
+
+	mu  sync.Mutex     // for those who know the record already while Admit returns it
+	rec *registry.Conn // nil until then
+	end *time.Timer    // of what is planned; nil while nothing is, and after handed
 }
 
 // New returns an opening that ends with ctx, the client's request.
@@ -59,9 +63,23 @@ func New(ctx context.Context) *Opening {
 }
 
 // Admit makes the connection's record.
-func (o *Opening) Admit(reg *registry.Registry, route *registry.Route, info registry.Info) (err error) {
-	o.rec, err = reg.Admit(route, info, o)
-	return err
+func (o *Opening) Admit(reg *registry.Registry, route *registry.Route, info registry.Info) error {
+	rec, err := reg.Admit(route, info, o)
+	if err != nil {
+		return err
+	}
+	o.mu.Lock()
+	o.rec = rec
+	o.mu.Unlock()
+	o.Reconsider() // what was planned meanwhile
+	return nil
+}
+
+// record is what is known by the record's id before Admit has returned: nil then.
+func (o *Opening) record() *registry.Conn {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.rec
 }
 
 // ID is the connection's id.
@@ -73,13 +91,47 @@ func (o *Opening) End(registry.Ending) { o.cancel(ErrEnded) }
 // Abort implements registry.Owner.
 func (o *Opening) Abort() { o.cancel(ErrEnded) }
 
-// Reconsider implements registry.Owner. A planned end waits for the session.
-func (o *Opening) Reconsider() {}
+// Reconsider implements registry.Owner: a planned end does not wait for upstreams.
+func (o *Opening) Reconsider() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.rec == nil || o.isHanded() {
+		return
+	}
+	o.stopEnd()
+	if at, _ := o.rec.PlannedEnd(); !at.IsZero() {
+		o.end = time.AfterFunc(time.Until(at), o.endAsPlanned)
+	}
+}
+
+// endAsPlanned ends the connection, unless that is not planned any more.
+func (o *Opening) endAsPlanned() {
+	if at, why := o.rec.PlannedEnd(); !at.IsZero() && !time.Now().Before(at) {
+		o.rec.Close(why)
+	}
+}
+
+// stopEnd lets nothing end as planned. mu is held.
+func (o *Opening) stopEnd() {
+	if o.end != nil {
+		o.end.Stop()
+		o.end = nil
+	}
+}
+
+func (o *Opening) isHanded() bool {
+	select {
+	case <-o.handed:
+		return true
+	default:
+		return false
+	}
+}
 
 // Move implements registry.Owner. A client whose connection is open has been told
 // so before the session has it: for that moment Move waits.
 func (o *Opening) Move() error {
-	if o.rec.State() != registry.Open {
+	if rec := o.record(); rec == nil || rec.State() != registry.Open {
 		return session.ErrNotMovable
 	}
 	if <-o.handed; o.owner == nil {
@@ -92,13 +144,21 @@ func (o *Opening) Move() error {
 func (o *Opening) handover(to registry.Owner) {
 	o.rec.Handover(to)
 	o.owner = to
+	o.leave()
+}
+
+// leave says that the record is not the opening's any more.
+func (o *Opening) leave() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.stopEnd()
 	close(o.handed)
 }
 
 // Close ends an opening that did not become a session.
 func (o *Opening) Close() {
 	o.cancel(nil)
-	close(o.handed)
+	o.leave()
 	o.rec.Done()
 }
 

@@ -71,6 +71,7 @@ type Conn struct {
 	deadline    time.Time // when state must have been left; zero: no such time
 	closeAt     time.Time // when a paced end is due; zero: none planned
 	closeWhy    Ending
+	closeAtUp   bool      // that end is only for as long as upstream is this one
 	moveAt      time.Time // when a paced move is due; zero: none planned
 	ownPlan     bool      // the owner has planned it
 	ending      Ending
@@ -115,6 +116,9 @@ func (c *Conn) State() State {
 func (c *Conn) Attempt(up *Upstream, dial string, deadline time.Time) {
 	c.reg.mu.Lock()
 	defer c.reg.mu.Unlock()
+	if c.closeAtUp && c.upstreamKey() != up.key {
+		c.planEnd(time.Time{}, Ending{}, false)
+	}
 	c.leaveUpstream()
 	c.upstream, c.dial, c.deadline = up, dial, deadline
 }
@@ -232,10 +236,27 @@ type Log interface {
 // lifts it.
 func (c *Conn) CloseAt(at time.Time, e Ending) {
 	c.reg.mu.Lock()
-	c.closeAt, c.closeWhy = at, e
+	c.planEnd(at, e, false)
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.Reconsider()
+}
+
+// leaveAt plans the end of a connection that cannot stay at an upstream, unless it has
+// left that, or its end is planned. Another attempt lifts the plan.
+func (c *Conn) leaveAt(upstream string, at time.Time, e Ending) {
+	c.reg.mu.Lock()
+	if c.upstreamKey() == upstream && c.closeAt.IsZero() {
+		c.planEnd(at, e, true)
+	}
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.Reconsider()
+}
+
+// planEnd replaces what is planned. Registry.mu is held.
+func (c *Conn) planEnd(at time.Time, e Ending, atUp bool) {
+	c.closeAt, c.closeWhy, c.closeAtUp = at, e, atUp
 }
 
 // PlannedEnd returns what CloseAt planned last.

@@ -209,6 +209,44 @@ func TestEndLeaving(t *testing.T) {
 	})
 }
 
+// What is planned for a connection because of its upstream is over when it attempts another
+// one; other plans are not.
+func TestEndLeavingWhileConnecting(t *testing.T) {
+	for name, tt := range map[string]struct {
+		next string
+		plan func(r *Registry, route *Route)
+		want Reason // of the end that is planned then
+	}{
+		"another upstream":  {"fine:80", func(*Registry, *Route) {}, ""},
+		"the same upstream": {"app:80", func(*Registry, *Route) {}, Orphan},
+		"the route as well": {"fine:80", func(r *Registry, route *Route) {
+			r.EndPaced(route, time.Hour, Ending{Reason: Orphan})
+		}, Orphan},
+		"told to end": {"fine:80", func(r *Registry, route *Route) {
+			r.EndSelected(Filter{Route: "a"}, time.Second, Ending{Reason: Admin})
+		}, Admin},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := New()
+			route := r.Retain(Passthrough, "a")
+			c, err := r.Admit(route, Info{Kind: Passthrough}, new(owner))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Done()
+			c.Attempt(choose(route, "app:80"), "app:80", time.Time{})
+			if n := r.EndLeaving(route, func(string) Reason { return Orphan }, time.Minute); n != 1 {
+				t.Fatalf("got %d to end, want 1", n)
+			}
+			tt.plan(r, route)
+			c.Attempt(choose(route, tt.next), tt.next, time.Time{})
+			if at, e := c.PlannedEnd(); e.Reason != tt.want || at.IsZero() != (tt.want == "") {
+				t.Errorf("got an end planned at %v for %q, want it for %q", at, e.Reason, tt.want)
+			}
+		})
+	}
+}
+
 func TestReconsiderAll(t *testing.T) {
 	r := New()
 	a, b := r.Retain(WebSocket, "a"), r.Retain(WebSocket, "b")

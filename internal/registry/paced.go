@@ -78,11 +78,17 @@ func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, wi
 	return len(leaving)
 }
 
-// closeBy plans the connection's end, unless an earlier one is planned.
+// closeBy plans the connection's end, unless an earlier one is planned. Another upstream
+// does not put it off.
 func (c *Conn) closeBy(at time.Time, e Ending) {
-	if planned, _ := c.PlannedEnd(); planned.IsZero() || at.Before(planned) {
-		c.CloseAt(at, e)
+	c.reg.mu.Lock()
+	if c.closeAt.IsZero() || at.Before(c.closeAt) {
+		c.planEnd(at, e, false)
 	}
+	c.closeAtUp = false
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.Reconsider()
 }
 
 // paced gives each connection a time within the window that began at a time, evenly, in
@@ -104,24 +110,28 @@ func paced[C any](conns []C, began time.Time, window time.Duration, plan func(c 
 // planned keep that plan, but for one whose upstream was Unhealthy and is to be
 // left no more. It returns how many were added.
 func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason, window time.Duration) int {
+	type seat struct {
+		c        *Conn
+		upstream string
+		why      Ending
+	}
 	now := time.Now()
-	var leaving []*Conn
-	why := make(map[*Conn]Ending)
+	var leaving []seat
 	for _, c := range r.live(&route.byAge) {
 		var reason Reason
-		if up := c.Upstream(); up != "" {
+		up := c.Upstream()
+		if up != "" {
 			reason = leaves(up)
 		}
 		at, planned := c.PlannedEnd()
 		switch {
 		case reason != "" && at.IsZero():
-			leaving = append(leaving, c)
-			why[c] = Ending{Reason: reason}
+			leaving = append(leaving, seat{c, up, Ending{Reason: reason}})
 		case reason == "" && !at.IsZero() && planned.Reason == Unhealthy:
 			c.CloseAt(time.Time{}, Ending{})
 		}
 	}
-	paced(leaving, now, window, func(c *Conn, at time.Time) { c.CloseAt(at, why[c]) })
+	paced(leaving, now, window, func(s seat, at time.Time) { s.c.leaveAt(s.upstream, at, s.why) })
 	return len(leaving)
 }
 

@@ -211,16 +211,18 @@ func TestRefusedClientAsksAgain(t *testing.T) {
 
 // A refusal whose body breaks off breaks off at the client too, and leaves nothing.
 func TestRefusalBreaksOff(t *testing.T) {
-	for name, text := range map[string]string{
-		"declared": "HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nwho",
-		"chunked":  "HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nwho\r\n",
+	for name, answer := range map[string]struct{ text, body string }{
+		"declared":       {"HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nwho", "who"},
+		"chunked":        {"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nwho\r\n", "who"},
+		"before a byte":  {"HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\n", ""},
+		"before a chunk": {"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			backend := rawBackend(t, answers(text))
+			backend := rawBackend(t, answers(answer.text))
 			p := startCaddy(t, "", "websocket_proxy "+backend)
 			res, _ := rawRequest(t, p.addr, rawUpgrade(p.addr, ""))
-			if b, err := io.ReadAll(res.Body); res.StatusCode != 401 || string(b) != "who" || err == nil {
-				t.Errorf("got %d %q, %v; want 401 with a part of the body and an error", res.StatusCode, b, err)
+			if b, err := io.ReadAll(res.Body); res.StatusCode != 401 || string(b) != answer.body || err == nil {
+				t.Errorf("got %d %q, %v; want 401 with %q of the body and an error", res.StatusCode, b, err, answer.body)
 			}
 			p.emptyWithin(t, time.Second)
 		})

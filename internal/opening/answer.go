@@ -38,8 +38,11 @@ func (a *Answer) Relay(o *Opening, w http.ResponseWriter, down handshake.Down) {
 	handshake.CopyHeader(w.Header(), a.extra)
 	w.WriteHeader(a.res.HTTP.StatusCode)
 	body := &patientReader{ctx: o.ctx, conn: a.conn, body: a.res.HTTP.Body, patience: a.stall}
-	if _, err := io.Copy(flusher{w, http.NewResponseController(w)}, body); err != nil {
-		// The status is out; only breaking off tells the client that this is not all.
+	rc := http.NewResponseController(w)
+	if _, err := io.Copy(flusher{w, rc}, body); err != nil {
+		// The status goes out, also if none of the body came; only breaking off tells the
+		// client that this is not all.
+		_ = rc.Flush()
 		panic(http.ErrAbortHandler)
 	}
 }

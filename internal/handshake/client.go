@@ -48,7 +48,9 @@ func check(r *http.Request, allowed Origins) *Refusal {
 		// What follows such a request belongs to its body, not to the tunnel.
 		return refuse(http.StatusBadRequest, "a WebSocket handshake must not have a body")
 	case !exactly(r.Header["Sec-Websocket-Version"], "13"):
-		return refuse(http.StatusUpgradeRequired, "unsupported WebSocket version", "Sec-WebSocket-Version", "13")
+		// RFC 9110 §15.5.22 wants Upgrade in it.
+		return refuse(http.StatusUpgradeRequired, "unsupported WebSocket version",
+			"Sec-WebSocket-Version", "13", "Upgrade", "websocket", "Connection", "Upgrade")
 	case !validKey(r.Header["Sec-Websocket-Key"]):
 		return refuse(http.StatusBadRequest, "missing or malformed Sec-WebSocket-Key")
 	case !allowed.allow(r):

@@ -102,6 +102,8 @@ func TestCheck(t *testing.T) {
 		{"chunked body", get, []string{"Transfer-Encoding: chunked"}, 400, "Connection", "close"},
 		{"no version", get, []string{"Sec-WebSocket-Version:"}, 426, "Sec-Websocket-Version", "13"},
 		{"old version", get, []string{"Sec-WebSocket-Version: 8"}, 426, "Sec-Websocket-Version", "13"},
+		{"old version: another is asked for", get, []string{"Sec-WebSocket-Version: 8"}, 426, "Upgrade", "websocket"},
+		{"old version: for this hop", get, []string{"Sec-WebSocket-Version: 8"}, 426, "Connection", "Upgrade"},
 		{"list of versions", get, []string{"Sec-WebSocket-Version: 13, 8"}, 426, "Sec-Websocket-Version", "13"},
 		{"version twice", get, []string{"Sec-WebSocket-Version: 13", "Sec-WebSocket-Version: 13"}, 426, "Sec-Websocket-Version", "13"},
 		{"version spelled otherwise", get, []string{"Sec-WebSocket-Version: 013"}, 426, "Sec-Websocket-Version", "13"},

@@ -144,7 +144,7 @@ func TestPassthroughBesideHTTPS(t *testing.T) {
 	for _, c := range p.connections(t) {
 		kinds[c.Kind+" of "+c.Route+" at "+c.Upstream]++
 	}
-	if len(kinds) != 2 || kinds["passthrough of :"+port+"#1 at "+backend] != 2 || kinds["websocket of https://other.test:"+port+"#1 at "+talks] != 2 {
+	if len(kinds) != 2 || kinds["passthrough of layer4/:"+port+"#1 at "+backend] != 2 || kinds["websocket of https://other.test:"+port+"#1 at "+talks] != 2 {
 		t.Errorf("connections: got %v, want two of each route", kinds)
 	}
 	for i := range tunnels {

@@ -275,7 +275,7 @@ func TestPassthroughBesideHTTP(t *testing.T) {
 		t.Errorf("HTTP: got status %d, want 200", status)
 	}
 	got := p.connections(t)
-	if _, port, _ := net.SplitHostPort(p.addr); len(got) != 1 || got[0].Route != ":"+port+"#1" || got[0].Upstream != backend {
+	if _, port, _ := net.SplitHostPort(p.addr); len(got) != 1 || got[0].Route != "layer4/:"+port+"#1" || got[0].Upstream != backend {
 		t.Errorf("connections: got %+v, want one to %s", got, backend)
 	}
 	wantEcho(t, c, "hello again")

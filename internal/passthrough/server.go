@@ -11,10 +11,11 @@ import (
 )
 
 // ListenerOf is the first address of the server that is being provisioned: of layer4,
-// or of HTTP with layer4 as a listener wrapper.
+// or of HTTP with layer4 as a listener wrapper. The latter is marked, as a site there may
+// have the same address.
 func ListenerOf(ctx caddy.Context) string {
 	if srv, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		return firstOr(srv.Listen, srv.Name())
+		return "layer4/" + firstOr(srv.Listen, srv.Name())
 	}
 	for _, m := range ctx.Modules() {
 		app, ok := m.(*layer4.App)

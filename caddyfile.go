@@ -372,6 +372,7 @@ func (a *ConnectionRegistry) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // parseRegistryOption is the global option.
 func parseRegistryOption(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
+		d.Next()
 		return nil, d.Err("connection_registry: repeated")
 	}
 	a := new(ConnectionRegistry)

@@ -396,3 +396,28 @@ func TestAdminEndsHandshake(t *testing.T) {
 		})
 	}
 }
+
+// Nor does a refusal last that the client does not read, however much of it there is.
+func TestAdminEndsRefusalThatIsNotRead(t *testing.T) {
+	full := make(chan struct{})
+	backend := rawBackend(t, func(_ *http.Request, c *rawConn) {
+		_, _ = io.WriteString(c, "HTTP/1.1 401 Unauthorized\r\n\r\n")
+		for chunk, err := make([]byte, 1<<16), error(nil); err == nil; {
+			_ = c.SetWriteDeadline(time.Now().Add(time.Second))
+			_, err = c.Write(chunk)
+		}
+		close(full)
+		_, _ = c.br.ReadByte() // until the proxy leaves
+	})
+	p := startCaddy(t, "", "websocket_proxy "+backend)
+	p.asking(t)
+	<-full
+	list := p.connections(t)
+	if len(list) != 1 {
+		t.Fatalf("connections: got %+v, want one", list)
+	}
+	if status := p.call(t, http.MethodDelete, "/connections/"+list[0].ID, nil); status != http.StatusNoContent {
+		t.Errorf("status: got %d, want 204", status)
+	}
+	p.emptyWithin(t, 10*time.Second)
+}

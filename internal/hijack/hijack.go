@@ -49,6 +49,13 @@ func SwitchProtocols(w http.ResponseWriter) (net.Conn, []byte, error) {
 	return conn, early, nil
 }
 
+// FailWrites fails what is being written to the client now. It may be called at any
+// time until the handler returns: it passes by the deadlines of handlers' wrappers, which
+// are their own goroutine's.
+func FailWrites(w http.ResponseWriter) {
+	_ = http.NewResponseController(innermost(w)).SetWriteDeadline(time.Unix(1, 0))
+}
+
 // innermost returns the server's own writer.
 func innermost(w http.ResponseWriter) http.ResponseWriter {
 	for {

@@ -32,8 +32,17 @@ func (a *Answer) Upgraded() bool { return a.res.Upgraded }
 // change, and body.
 func (a *Answer) Relay(o *Opening, w http.ResponseWriter, down handshake.Down) {
 	defer a.conn.Close()
-	stop := context.AfterFunc(o.ctx, func() { _ = a.conn.SetDeadline(past) })
-	defer stop()
+	done, broken := make(chan struct{}), make(chan struct{}) // closed by Relay, and by the end of breakOff
+	stop := context.AfterFunc(o.ctx, func() {
+		defer close(broken)
+		a.breakOff(w, done)
+	})
+	defer func() {
+		close(done)
+		if !stop() {
+			<-broken // nobody touches w after its handler
+		}
+	}()
 	a.res.RelayHeader(w.Header(), down)
 	handshake.CopyHeader(w.Header(), a.extra)
 	w.WriteHeader(a.res.HTTP.StatusCode)
@@ -46,6 +55,26 @@ func (a *Answer) Relay(o *Opening, w http.ResponseWriter, down handshake.Down) {
 		panic(http.ErrAbortHandler)
 	}
 }
+
+// breakOff ends what Relay waits for, a backend that says nothing or a client that does
+// not read, until it is done. Once would not do: Caddy's write_idle_timeout sets a
+// deadline with each write, which may come after ours.
+func (a *Answer) breakOff(w http.ResponseWriter, done <-chan struct{}) {
+	_ = a.conn.SetDeadline(past)
+	again := time.NewTicker(breakOffPeriod)
+	defer again.Stop()
+	for {
+		hijack.FailWrites(w)
+		select {
+		case <-done:
+			return
+		case <-again.C:
+		}
+	}
+}
+
+// breakOffPeriod is how often a write to the client is ended that may have begun anew.
+const breakOffPeriod = 100 * time.Millisecond
 
 // patientReader reads a body that may come slowly but must not pause for long.
 type patientReader struct {

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/gobwas/ws"
 
@@ -134,7 +133,7 @@ func TestBackendsBehindTLS(t *testing.T) {
 			if res.StatusCode != http.StatusBadGateway || !strings.Contains(got, " "+addrs[i]+": ") || !strings.Contains(got, tt.why) {
 				t.Errorf("got %d %q, want 502 and an error that names %s and has %q", res.StatusCode, got, addrs[i], tt.why)
 			}
-			p.emptyWithin(t, 2*time.Second)
+			p.emptyWithin(t, soon)
 		})
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+
+	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 )
 
 // Every kind of backend records what it has read: until it is killed, also if it
@@ -84,8 +86,8 @@ func TestBackendProcessesEnd(t *testing.T) {
 	}
 	began := time.Now()
 	term(t, all...)
-	if took := time.Since(began); took > 3*time.Second {
-		t.Errorf("end without a connection: got %v, want it at once", took)
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("end without a connection: got %v, want it at once, not as with one", took)
 	}
 	var conns []*rawConn
 	for _, b := range all {
@@ -130,7 +132,7 @@ func TestBackendQuery(t *testing.T) {
 				size += len(payload)
 				n++
 			}
-			if took := time.Since(began); !echoed || took < 300*time.Millisecond || took > 5*time.Second {
+			if took := time.Since(began); !echoed || took < 300*time.Millisecond {
 				t.Errorf("got echo %v, and %d bytes in %v; want an echo and half a second", echoed, size, took)
 			}
 		})
@@ -176,8 +178,12 @@ func TestBackendFlags(t *testing.T) {
 	t.Run("latest ping", func(t *testing.T) {
 		b := startBackend(t, "gorilla", "a", "-answer-pings", "latest", "-pong-delay", "100ms")
 		c := dialBackend(t, b, "", "")
+		var all []byte // which come together
 		for _, payload := range []string{"1", "2", "3"} {
-			c.send(t, ws.OpPing, payload)
+			all = frame.Append(all, ws.OpPing, []byte(payload), true)
+		}
+		if _, err := c.Write(all); err != nil {
+			t.Fatal(err)
 		}
 		if _, payload, err := c.receive(); err != nil || payload != "3" {
 			t.Errorf("pong: got %q, %v; want 3", payload, err)

@@ -27,7 +27,7 @@ func TestBlueGreen(t *testing.T) {
 
 // testBlueGreen has routes with these settings, and so many clients of each.
 func testBlueGreen(t *testing.T, clients int, settings ...string) {
-	window := long(2*time.Second, 10*time.Second)
+	window := long(4*time.Second, 10*time.Second)
 	var old, blue []*backendProcess
 	for _, kind := range []string{"coder", "gorilla", "node"} {
 		old, blue = append(old, startBackend(t, kind, "old-"+kind)), append(blue, startBackend(t, kind, "new-"+kind))
@@ -63,11 +63,11 @@ func testBlueGreen(t *testing.T, clients int, settings ...string) {
 	p.reload(t, p.siteConfig("metrics", site(blue)))
 	loaded := time.Now()
 	var now stats
-	if !eventually(window+2*time.Second, func() bool {
+	if !eventually(window+slack, func() bool {
 		now = p.stats(t)
 		return on(now, blue) == len(all) && now.ByState["open"] == len(all)
 	}) {
-		t.Errorf("connections 2s after the window: got %v on %v, want all %d open on the new upstreams", now.ByState, now.ByUpstream, len(all))
+		t.Errorf("connections after the window: got %v on %v, want all %d open on the new upstreams", now.ByState, now.ByUpstream, len(all))
 	}
 	t.Logf("reload took %v, all had moved %v later: %v", loaded.Sub(asked), time.Since(loaded), now.ByUpstream)
 	for _, b := range blue { // each route balances its own
@@ -76,12 +76,14 @@ func testBlueGreen(t *testing.T, clients int, settings ...string) {
 			break
 		}
 	}
-	pass(300 * time.Millisecond)
 	moved := make(map[string]string)
 	for i := range settings {
 		moved[fmt.Sprintf(`caddy_connections_migrations_total{result="moved",route="route%d"}`, i)] = fmt.Sprint(clients)
 	}
 	p.wantMetrics(t, moved)
+	if !eventually(20*time.Second, func() bool { return !slices.ContainsFunc(all, func(k *talker) bool { return k.sent.Load() < 20 }) }) {
+		t.Error("clients have hardly sent a message: the test is void")
+	}
 	finishTalkers(t, all)
 
 	began := make([][]time.Time, len(settings)) // when connections arrived on a new backend, by route
@@ -116,9 +118,6 @@ func testBlueGreen(t *testing.T, clients int, settings ...string) {
 		}
 	}
 	t.Logf("%v", &sum)
-	if sum.messages < 20*len(all) {
-		t.Errorf("got %d messages of %d clients: the test is void", sum.messages, len(all))
-	}
 	for _, times := range began {
 		wantSpread(t, times, asked, loaded, window)
 	}
@@ -133,24 +132,24 @@ func wantSpread(t *testing.T, began []time.Time, from, to time.Time, window time
 		return
 	}
 	slices.SortFunc(began, time.Time.Compare)
-	slack := long(500*time.Millisecond, 1500*time.Millisecond) // of a busy machine
+	const busy = 2 * time.Second // is how late a machine may be
 	n := len(began)
 	var worst time.Duration
 	for i, at := range began {
 		due := time.Duration(float64(window) * float64(i+1) / float64(n))
 		early, late := from.Add(due).Sub(at), at.Sub(to.Add(due))
 		worst = max(worst, late)
-		if early > 50*time.Millisecond || late > slack {
+		if early > 50*time.Millisecond || late > busy {
 			t.Errorf("move %d of %d: it began %v after the reload, want it after %v", i+1, n, at.Sub(to), due)
 			break
 		}
 	}
-	// No burst: within a tenth of the window not more than four tenths' share.
+	// No burst: within a tenth of the window not more than half of them.
 	for i, j := 0, 0; i < n; i++ {
 		for began[i].Sub(began[j]) > window/10 {
 			j++
 		}
-		if i-j+1 > 4*n/10+1 {
+		if i-j+1 > n/2+1 {
 			t.Errorf("%d of %d moves began within %v", i-j+1, n, window/10)
 			break
 		}
@@ -177,7 +176,7 @@ func TestDrainWindowZero(t *testing.T) {
 	pass(200 * time.Millisecond)
 	p.reload(t, p.siteConfig("", site(b)))
 	loaded := time.Now()
-	p.waitOn(t, 3*time.Second, map[string]int{b.addr: len(all)})
+	p.waitOn(t, slack, map[string]int{b.addr: len(all)})
 	finishTalkers(t, all)
 	var last time.Duration
 	for _, r := range b.records(t) {
@@ -185,7 +184,7 @@ func TestDrainWindowZero(t *testing.T) {
 			last = max(last, time.Unix(0, r.Time).Sub(loaded))
 		}
 	}
-	if last > time.Second {
+	if last > 5*time.Second { // the last one of the default begins after 10s
 		t.Errorf("the last move began %v after the reload, want all at once", last)
 	}
 	wantWhole(t, all, 2, a, b)

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pires/go-proxyproto"
 
@@ -193,10 +194,10 @@ func TestChainWrongHeaders(t *testing.T) {
 	var servers strings.Builder
 	addrs := map[string]string{"required": freeAddr(t), "allowed": freeAddr(t)}
 	for name, routes := range map[string]string{
-		"required": strings.Replace(fromProxies, "timeout 3s", "timeout 1s", 1),
-		"allowed":  "route {\nproxy_protocol {\ntimeout 1s\nallow 127.0.0.1/32\nfallback_policy reject\n}\n}\n",
+		"required": fromProxies,
+		"allowed":  "route {\nproxy_protocol {\ntimeout 3s\nallow 127.0.0.1/32\nfallback_policy reject\n}\n}\n",
 	} {
-		fmt.Fprintf(&servers, "%s {\nmatching_timeout 1s\n%s%s}\n", addrs[name], routes,
+		fmt.Fprintf(&servers, "%s {\nmatching_timeout 3s\n%s%s}\n", addrs[name], routes,
 			toSNI("*.chain.test", fmt.Sprintf("%s {\n name %s\n max_connections %d\n log\n}", backend, name, room)))
 	}
 	p := startBinaryAt(t, at, at.siteConfig("log all {\noutput file "+log+"\nlevel DEBUG\n}\nlayer4 {\n"+servers.String()+"}", "respond ok"))
@@ -207,6 +208,7 @@ func TestChainWrongHeaders(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		_ = conn.SetDeadline(time.Now().Add(2 * time.Minute)) // until all others have ended
 		lasting = append(lasting, conn)
 	}
 	var all sync.WaitGroup

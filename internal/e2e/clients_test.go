@@ -159,7 +159,7 @@ func testGuest(t *testing.T, g guest, h habits) {
 		t.Run(host.name, func(t *testing.T) {
 			backend := host.start(t)
 			p := startCaddy(t, "", "websocket_proxy "+backend+" {\n resume_on 1012 1013\n}\n\t"+page)
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			if err := g.visit(ctx, p); err != nil {
 				t.Fatal(err)
@@ -201,7 +201,7 @@ type visitCase struct {
 // arrive begins a case, with its deadline.
 func (s *stay) arrive(t testing.TB) *visitCase {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // the race detector is slow at compressing
 	t.Cleanup(cancel)
 	return &visitCase{stay: s, t: t, ctx: ctx, key: strconv.FormatUint(cases.Add(1), 10), before: s.stats(t)}
 }
@@ -306,7 +306,7 @@ func (v *visitCase) echoes(messages []content) {
 func (v *visitCase) waitCounts(messages uint64) connection {
 	v.t.Helper()
 	var c connection
-	if !eventually(5*time.Second, func() bool {
+	if !eventually(20*time.Second, func() bool {
 		c = v.connection()
 		return c.MessagesIn == messages && c.MessagesOut == messages
 	}) {

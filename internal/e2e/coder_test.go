@@ -238,7 +238,7 @@ func (b *coderBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // reports the end.
 func serveCoder(conn *websocket.Conn, path string, q url.Values, rep *report) {
 	// The request's context is of no use once the connection was hijacked.
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	defer func() { _ = conn.CloseNow() }()
 	conn.SetReadLimit(-1)

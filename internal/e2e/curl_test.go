@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"os/exec"
 	"slices"
 	"strings"
@@ -18,16 +17,16 @@ func TestCurl(t *testing.T) {
 		upgraded = "HTTP/1.1 101 Switching Protocols"
 		greeting = "\x81\x05hello"
 		farewell = "\x88\x05\x03\xe8bye" // 1000
-		timedOut = 28                    // exit status, when --max-time has passed
+		killed   = -1                    // exit status
 	)
 	short := []string{
-		"--include", "--no-buffer", "--http1.1", "-H", "Connection: Upgrade", "-H", "Upgrade: websocket",
+		"--include", "--http1.1", "-H", "Connection: Upgrade", "-H", "Upgrade: websocket",
 		"-H", "Sec-WebSocket-Version: 13", "-H", "Sec-WebSocket-Key: " + testKey,
 	}
 	// As a tutorial has it, whose Host is of another port; it leaves the key to the reader.
 	tutorial := func(key string) []string {
 		return []string{
-			"--include", "--no-buffer", "--header", "Connection: Upgrade", "--header", "Upgrade: websocket",
+			"--include", "--header", "Connection: Upgrade", "--header", "Upgrade: websocket",
 			"--header", "Host: 127.0.0.1:10020", "--header", "Sec-WebSocket-Key: " + key,
 			"--header", "Sec-WebSocket-Version: 13",
 		}
@@ -36,24 +35,24 @@ func TestCurl(t *testing.T) {
 		name   string
 		args   []string
 		query  string
-		limit  string // --max-time, in seconds
+		until  string // curl is ended when it has written that; "": it ends by itself
 		status int    // exit status
 		line   string // status line
 		frames string
 		code   uint16 // that the backend gets
 		reason string
 	}{
-		{"ended by curl", short, "", "1", timedOut, upgraded, greeting, 1001, "client_gone"},
-		{"ended by the backend", short, "&code=1000&reason=bye", "10", 0, upgraded, greeting + farewell, 1000, "backend_closed"},
-		{"tutorial", tutorial(testKey), "", "1", timedOut, upgraded, greeting, 1001, "client_gone"},
-		{"tutorial without a key", tutorial("your-key-here"), "", "1", 0, "HTTP/1.1 400 Bad Request", "", 0, ""},
+		{"ended by curl", short, "", greeting, killed, upgraded, greeting, 1001, "client_gone"},
+		{"ended by the backend", short, "&code=1000&reason=bye", "", 0, upgraded, greeting + farewell, 1000, "backend_closed"},
+		{"tutorial", tutorial(testKey), "", greeting, killed, upgraded, greeting, 1001, "client_gone"},
+		{"tutorial without a key", tutorial("your-key-here"), "", "", 0, "HTTP/1.1 400 Bad Request", "", 0, ""},
 	} {
 		for _, host := range hosts {
 			t.Run(test.name+"/"+host.name, func(t *testing.T) {
 				backend := host.start(t)
 				p := startCaddy(t, "", "websocket_proxy "+backend)
 				v := (&stay{proxy: p, backend: backend}).arrive(t)
-				out, status := curl(v.ctx, t, append(test.args, "--max-time", test.limit, "http://"+p.addr+"/greet?case="+v.key+test.query))
+				out, status := curl(v.ctx, t, test.until, append(test.args, "http://"+p.addr+"/greet?case="+v.key+test.query)...)
 				if status != test.status {
 					t.Errorf("exit status: got %d, want %d", status, test.status)
 				}
@@ -83,16 +82,26 @@ func TestCurl(t *testing.T) {
 	}
 }
 
-// curl returns what curl writes, and its exit status.
-func curl(ctx context.Context, t testing.TB, args []string) (out string, status int) {
+// curl returns what curl writes, and its exit status. It is killed, which is status -1,
+// when it has written until, unless that is empty.
+func curl(ctx context.Context, t testing.TB, until string, args ...string) (out string, status int) {
 	t.Helper()
-	b, err := exec.CommandContext(ctx, tool(t, "curl"), append([]string{"--silent", "--noproxy", "*"}, args...)...).Output()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
+	cmd := exec.CommandContext(ctx, tool(t, "curl"), append([]string{"--silent", "--no-buffer", "--noproxy", "*"}, args...)...)
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
 		t.Fatal(err)
 	}
-	if exit != nil {
-		status = exit.ExitCode()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
 	}
-	return string(b), status
+	for buf := make([]byte, 4096); err == nil; {
+		var n int
+		n, err = pipe.Read(buf)
+		out += string(buf[:n])
+		if until != "" && strings.Contains(out, until) {
+			_ = cmd.Process.Kill()
+		}
+	}
+	_ = cmd.Wait() // its status says it
+	return out, cmd.ProcessState.ExitCode()
 }

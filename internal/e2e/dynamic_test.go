@@ -69,7 +69,7 @@ func TestDynamicAnswersChange(t *testing.T) {
 			talkers := startTalkers(t, p, 12)
 			var idle []*rawConn
 			for range 4 {
-				idle = append(idle, rawDial(t, p.addr, ""))
+				idle = append(idle, p.enter(t, ""))
 			}
 			if got := p.stats(t).ByUpstream; got[shown[0]] != 8 || got[shown[1]] != 8 {
 				t.Fatalf("connections by upstream: got %v, want 8 each on %q", got, shown[:2])
@@ -77,22 +77,22 @@ func TestDynamicAnswersChange(t *testing.T) {
 
 			answer(test.records[1:]...)
 			changed := time.Now()
-			if !eventually(10*time.Second, func() bool {
+			if !eventually(20*time.Second, func() bool {
 				rawDial(t, p.addr, "").Close()
 				return p.stats(t).ByUpstream[shown[2]] > 0
 			}) {
 				t.Errorf("new connections do not come to %s", shown[2])
 			}
 			var on stats
-			if !eventually(10*time.Second, func() bool {
+			if !eventually(20*time.Second, func() bool {
 				on = p.stats(t)
 				return on.Total == 16 && on.ByState["open"] == 16 && on.ByUpstream[shown[0]] == 0
 			}) {
 				t.Fatalf("connections: got %v on %v, want none on %s", on.ByState, on.ByUpstream, shown[0])
 			}
 			t.Logf("all had moved after %v", time.Since(changed).Round(100*time.Millisecond))
-			if got := p.upstreams(t); !slices.Equal(got, shown[1:]) {
-				t.Errorf("upstreams: got %q, want %q", got, shown[1:])
+			if !eventually(20*time.Second, func() bool { return slices.Equal(p.upstreams(t), shown[1:]) }) {
+				t.Errorf("upstreams: got %q, want %q", p.upstreams(t), shown[1:])
 			}
 			p.wantMetrics(t, map[string]string{
 				`caddy_connections_migrations_total{result="moved",route="app"}`:                  "8",
@@ -271,7 +271,7 @@ func TestDynamicUpstreamsCome(t *testing.T) {
 	for i := 1; i < len(records); i++ {
 		n.heard(t) // the pool has the answer before
 		n.tell(t, dns.RcodeSuccess, records[:i+1]...)
-		if !eventually(10*time.Second, func() bool { return p.visit(t, 1, plain)[0].backend == addrs[i] }) {
+		if !eventually(20*time.Second, func() bool { return p.visit(t, 1, plain)[0].backend == addrs[i] }) {
 			t.Fatalf("new connections do not come to %s", addrs[i])
 		}
 	}

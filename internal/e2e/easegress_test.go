@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -133,18 +134,34 @@ func TestEasegressTutorial(t *testing.T) {
 		p.waitEmpty(t)
 	})
 	t.Run("curl", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
 		p.reload(t, p.siteConfig("", site))
 		args := docCurl(t)
 		url := &args[len(args)-1]
 		*url = strings.Replace(*url, "127.0.0.1:8080", p.addr, 1)
-		if out, _ := curl(t.Context(), t, append([]string{"--max-time", "1"}, args...)); !strings.HasPrefix(out, "HTTP/1.1 101 ") {
+		answer := func() string {
+			t.Helper()
+			out := make(chan string, 1)
+			go func() {
+				text, _ := curl(ctx, t, "", args...)
+				out <- text
+			}()
+			// curl writes the header when the connection ends.
+			if !eventually(20*time.Second, func() bool { return p.stats(t).ByState["open"] == 1 }) {
+				t.Error("curl has no connection")
+			}
+			p.call(t, http.MethodDelete, "/connections?state=open&window=0", nil)
+			return <-out
+		}
+		if out := answer(); !strings.HasPrefix(out, "HTTP/1.1 101 ") {
 			t.Errorf("the request of the docs: got %q, want 101", out)
 		}
 		p.waitEmpty(t)
 		// As the tutorial prints it, with the path / and its placeholder of a key.
 		reload("websocket_proxy /ws", "websocket_proxy")
 		*url = strings.TrimSuffix(*url, "ws")
-		if out, _ := curl(t.Context(), t, append([]string{"--max-time", "1"}, args...)); !strings.HasPrefix(out, "HTTP/1.1 101 ") {
+		if out := answer(); !strings.HasPrefix(out, "HTTP/1.1 101 ") {
 			t.Errorf("the request of the tutorial: got %q, want 101", out)
 		}
 		p.waitEmpty(t)
@@ -258,7 +275,7 @@ func (p *proxy) dialWS(t testing.TB, header ...string) *rawConn {
 	if res.StatusCode != http.StatusSwitchingProtocols {
 		t.Fatalf("status: got %d, want 101", res.StatusCode)
 	}
-	if !eventually(5*time.Second, func() bool { return p.stats(t).ByState["open"] == 1 }) {
+	if !eventually(20*time.Second, func() bool { return p.stats(t).ByState["open"] == 1 }) {
 		t.Fatalf("connections: got %+v, want one that is open", p.connections(t))
 	}
 	return c

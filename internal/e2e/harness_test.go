@@ -6,29 +6,20 @@
 package e2e
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
+	"bufio"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/mholt/caddy-l4/layer4"
-
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/holdfast-proxy/caddy-holdfast"
@@ -38,6 +29,7 @@ import (
 type proxy struct {
 	addr  string // host:port of the site
 	admin string // host:port of the admin endpoint
+	pid   int    // of the process that it is; 0: this one
 }
 
 // freeAddr returns a loopback address that nobody listens on, that it has not returned
@@ -115,132 +107,86 @@ func (p *proxy) load(t testing.TB, caddyfile string) {
 // reload loads a Caddyfile through the admin API.
 func (p *proxy) reload(t testing.TB, caddyfile string) {
 	t.Helper()
-	load := func() (*http.Response, error) {
-		req, err := http.NewRequest(http.MethodPost, "http://"+p.admin+"/load", strings.NewReader(caddyfile))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Content-Type", "text/caddyfile")
-		req.Close = true // a reload restarts the admin endpoint, which may reset a connection that idles
-		return http.DefaultClient.Do(req)
+	if status, said := p.submit(t, caddyfile); status != http.StatusOK {
+		t.Fatalf("reload: %d: %s", status, said)
 	}
-	res, err := load()
-	if err != nil {
-		res, err = load() // the one before has reset it, see request
-	}
-	if err != nil {
+}
+
+// submit is reload, of a config that may be refused. Every load restarts the admin
+// endpoint, also one that fails, which may cost the next request its connection.
+func (p *proxy) submit(t testing.TB, caddyfile string) (status int, said string) {
+	t.Helper()
+	var err error
+	if !eventually(20*time.Second, func() bool {
+		var answer []byte
+		status, answer, err = p.post("/load", "text/caddyfile", []byte(caddyfile))
+		said = string(answer)
+		return err == nil
+	}) {
 		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		msg, _ := io.ReadAll(res.Body)
-		t.Fatalf("reload: %s: %s", res.Status, msg)
 	}
 	p.waitListeners(t)
+	return status, said
 }
 
-// waitListeners waits until the config that was replaced listens no more, if Caddy runs
-// in this process: that one resets who has come to it and was not accepted.
+// waitListeners waits until nothing listens any more for the config that was replaced:
+// that resets who has come to it and was not accepted.
 func (p *proxy) waitListeners(t testing.TB) {
 	t.Helper()
-	listen := []string{p.admin}
-	if app, err := caddy.ActiveContext().AppIfConfigured("http"); err == nil {
-		for _, s := range app.(*caddyhttp.App).Servers {
-			listen = append(listen, s.Listen...)
+	var twice []string
+	if !eventually(20*time.Second, func() bool {
+		twice = nil
+		for addr, n := range p.listening(t) {
+			if n > 1 {
+				twice = append(twice, addr)
+			}
+		}
+		return len(twice) == 0
+	}) {
+		t.Errorf("the config that was replaced still listens, at %q", twice)
+	}
+}
+
+// listening is how many sockets of Caddy's process listen, by their address as the
+// kernel writes it.
+func (p *proxy) listening(t testing.TB) map[string]int {
+	t.Helper()
+	proc := "/proc/self"
+	if p.pid != 0 {
+		proc = fmt.Sprint("/proc/", p.pid)
+	}
+	own := make(map[string]bool) // inodes
+	files, err := os.ReadDir(proc + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		to, _ := os.Readlink(proc + "/fd/" + f.Name()) // fails for what is closed by now
+		if inode, ok := strings.CutPrefix(to, "socket:["); ok {
+			own[strings.TrimSuffix(inode, "]")] = true
 		}
 	}
-	if app, err := caddy.ActiveContext().AppIfConfigured("layer4"); err == nil {
-		for _, s := range app.(*layer4.App).Servers {
-			listen = append(listen, s.Listen...)
-		}
-	}
-	for _, address := range listen {
-		a, err := caddy.ParseNetworkAddress(address)
+	all := make(map[string]int)
+	for _, table := range []string{"/net/tcp", "/net/tcp6"} {
+		file, err := os.Open(proc + table)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !eventually(20*time.Second, func() bool { return caddy.ListenerUsage(a.Network, a.JoinHostPort(0)) <= 1 }) {
-			t.Errorf("%s: the config that was replaced still listens", address)
+		defer file.Close()
+		lines := bufio.NewScanner(file)
+		lines.Scan() // the names of the columns
+		for lines.Scan() {
+			const addr, state, inode = 1, 3, 9
+			f := strings.Fields(lines.Text())
+			if f[state] != "0A" {
+				break // those that listen come first
+			}
+			if own[f[inode]] {
+				all[f[addr]]++
+			}
 		}
 	}
-}
-
-// request sends a request to the admin API and returns the status and the body.
-func (p *proxy) request(t testing.TB, method, path string) (int, []byte) {
-	t.Helper()
-	req, err := http.NewRequest(method, "http://"+p.admin+path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Close = true // no idle connection that would count as a leak
-	res, err := http.DefaultClient.Do(req)
-	if err != nil && method == http.MethodGet {
-		// A reload resets connections that the listener it replaces has not accepted.
-		res, err = http.DefaultClient.Do(req)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return res.StatusCode, body
-}
-
-// call is request, and decodes what comes back into out unless that is nil.
-func (p *proxy) call(t testing.TB, method, path string, out any) int {
-	t.Helper()
-	status, body := p.request(t, method, path)
-	if out != nil {
-		if err := json.Unmarshal(body, out); err != nil {
-			t.Fatalf("%s %s: %v: %s", method, path, err, body)
-		}
-	}
-	return status
-}
-
-// connection is a connection as the admin API shows it.
-type connection struct {
-	ID, Kind, Route, State, Reason, Client, Upstream, Dial, Host, URI, Protocol, Subprotocol string
-	Age, Idle                                                                                float64
-	BytesIn                                                                                  uint64 `json:"bytes_in"`
-	BytesOut                                                                                 uint64 `json:"bytes_out"`
-	MessagesIn                                                                               uint64 `json:"messages_in"`
-	MessagesOut                                                                              uint64 `json:"messages_out"`
-}
-
-// stats are the registry's totals.
-type stats struct {
-	Total          int
-	ByState        map[string]int `json:"by_state"`
-	ByUpstream     map[string]int `json:"by_upstream"`
-	ByRoute        map[string]int `json:"by_route"`
-	ClosedByReason map[string]int `json:"closed_by_reason"`
-}
-
-func (p *proxy) connections(t testing.TB) []connection {
-	t.Helper()
-	var list struct{ Connections []connection }
-	p.call(t, http.MethodGet, "/connections?limit=1000", &list)
-	return list.Connections
-}
-
-func (p *proxy) stats(t testing.TB) stats {
-	t.Helper()
-	var s stats
-	p.call(t, http.MethodGet, "/connections/stats", &s)
-	return s
-}
-
-// waitEmpty waits until the registry is empty.
-func (p *proxy) waitEmpty(t testing.TB) {
-	t.Helper()
-	var s stats
-	if !eventually(10*time.Second, func() bool { s = p.stats(t); return s.Total == 0 }) {
-		t.Errorf("connections left in the registry: %+v: %+v", s, p.connections(t))
-	}
+	return all
 }
 
 // eventually polls until cond holds, and reports whether it did within limit.
@@ -255,75 +201,8 @@ func eventually(limit time.Duration, cond func() bool) bool {
 	return true
 }
 
-// openDescriptors is what descriptors this process has open, but for those of
-// the runtime's poller.
-func openDescriptors(t testing.TB) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var open []string
-	for _, e := range entries {
-		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(to, "anon_inode:[event") {
-			open = append(open, e.Name()+" "+to)
-		}
-	}
-	return open
-}
-
-// checkLeaks fails the test if a goroutine of a connection or an upstream, or more descriptors
-// than before, are left.
-func checkLeaks(t testing.TB, before []string) {
-	t.Helper()
-	http.DefaultClient.CloseIdleConnections()
-	var stacks string
-	if !eventually(10*time.Second, func() bool { stacks = ownGoroutines(); return stacks == "" }) {
-		t.Errorf("goroutines left:\n%s", stacks)
-	}
-	var after []string
-	if !eventually(10*time.Second, func() bool { after = openDescriptors(t); return len(after) <= len(before) }) {
-		t.Errorf("open descriptors: got %q, want no more than before: %q", after, before)
-	}
-}
-
-// ownGoroutines returns the stacks of the goroutines that run connections, and of those
-// that watch upstreams.
-func ownGoroutines() string {
-	buf := make([]byte, 4<<20)
-	buf = buf[:runtime.Stack(buf, true)]
-	var own []string
-	for g := range strings.SplitSeq(string(buf), "\n\n") {
-		for _, pkg := range []string{"session", "tunnel", "opening", "registry", "pool", "health"} {
-			if strings.Contains(g, "caddy-holdfast/internal/"+pkg+".") {
-				own = append(own, g)
-				break
-			}
-		}
-	}
-	return strings.Join(own, "\n\n")
-}
-
-// binary builds cmd/caddy once, without the race detector, and returns its path.
-var binary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "holdfast-e2e")
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(dir, "caddy")
-	out, err := exec.Command("go", "build", "-o", path, "../../cmd/caddy").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("building cmd/caddy: %w: %s", err, out)
-	}
-	builtBinary.Store(&path)
-	return path, nil
-})
-
 // storage is the directory that Caddy may write to; it goes with the test process.
 var storage string
-
-// builtBinary is set once binary has built.
-var builtBinary atomic.Pointer[string]
 
 // TestMain gives Caddy a home of its own, runs it once so that what it keeps
 // open, like the admin endpoint's socket, counts as no leak, and removes what
@@ -346,85 +225,4 @@ func TestMain(m *testing.M) {
 	}
 	os.RemoveAll(home)
 	os.Exit(code)
-}
-
-// process is a running Caddy of its own.
-type process struct {
-	proxy
-	cmd    *exec.Cmd
-	exited chan struct{} // closed by wait, when the process has ended
-	log    *bytes.Buffer // valid after exited
-}
-
-// startBinary runs the built Caddy with a Caddyfile that gets the site's and the
-// admin endpoint's address. It is killed when the test ends, if it still runs.
-func startBinary(t testing.TB, globals, body string) *process {
-	t.Helper()
-	at := proxy{addr: freeAddr(t), admin: freeAddr(t)}
-	return startBinaryAt(t, at, at.siteConfig(globals, body))
-}
-
-// startBinaryAt is startBinary with a Caddyfile of the test's own, for these addresses.
-func startBinaryAt(t testing.TB, at proxy, caddyfile string) *process {
-	t.Helper()
-	path, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &process{proxy: at, exited: make(chan struct{}), log: new(bytes.Buffer)}
-	file := filepath.Join(t.TempDir(), "Caddyfile")
-	if err := os.WriteFile(file, []byte(caddyfile), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	p.cmd = exec.Command(path, "run", "--config", file, "--adapter", "caddyfile")
-	p.cmd.Stderr = p.log
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go p.wait()
-	t.Cleanup(func() {
-		_ = p.cmd.Process.Kill()
-		<-p.exited
-		if t.Failed() {
-			t.Logf("Caddy's log:\n%s", p.log)
-		}
-	})
-	if !eventually(20*time.Second, func() bool { return reachable(p.addr) && p.loaded() }) {
-		t.Fatal("Caddy does not come up")
-	}
-	return p
-}
-
-// loaded reports whether all apps of the first config have started: the admin endpoint
-// is there before that, and does not show the config.
-func (p *process) loaded() bool {
-	req, err := http.NewRequest(http.MethodGet, "http://"+p.admin+"/config/", nil)
-	if err != nil {
-		return false
-	}
-	req.Close = true // as in request
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return false
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	return err == nil && strings.TrimSpace(string(body)) != "null"
-}
-
-// wait owns waiting for the process; it ends with it.
-func (p *process) wait() {
-	defer close(p.exited)
-	_ = p.cmd.Wait()
-}
-
-func reachable(addr string) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
-	if err != nil {
-		return false
-	}
-	conn.Close()
-	return true
 }

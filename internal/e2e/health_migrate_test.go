@@ -18,7 +18,7 @@ func TestMigrateOnUnhealthy(t *testing.T) {
 	const window = 2 * time.Second
 	a, b := startBackend(t, "coder", "a"), startBackend(t, "gorilla", "b", "-refuse", "503")
 	p := startCaddy(t, "", fmt.Sprintf("websocket_proxy %s %s {\n drain_window %v\n migrate_on_unhealthy\n %s health_ws\n}",
-		a.addr, b.addr, window, schedule(200*time.Millisecond, time.Second, 1, 1)))
+		a.addr, b.addr, window, schedule(200*time.Millisecond, 10*time.Second, 1, 1)))
 	p.waitHealth(t, slack, map[string]bool{a.addr: true, b.addr: false})
 	all := startTalkers(t, p, 50)
 	on := func(x *backendProcess) map[string]int { return map[string]int{x.addr: len(all)} }
@@ -29,7 +29,7 @@ func TestMigrateOnUnhealthy(t *testing.T) {
 	p.waitOn(t, 0, on(a)) // another one that is healthy is no reason to leave
 	a.refuse(t, 503)
 	p.waitHealth(t, slack, map[string]bool{a.addr: false, b.addr: true})
-	p.waitOn(t, window+2*time.Second, on(b))
+	p.waitOn(t, window+slack, on(b))
 
 	b.refuse(t, 503)
 	p.waitHealth(t, slack, map[string]bool{a.addr: false, b.addr: false})

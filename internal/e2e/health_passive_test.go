@@ -25,7 +25,7 @@ func TestPassiveChecks(t *testing.T) {
 		{"refused once", 1, "", answers(response(503, "busy"))},
 		{"refused three times", 3, "max_fails 3", answers(response(502, "bad"))},
 		{"no true upgrade", 1, "max_fails 1", wrongAccept},
-		{"says nothing", 1, "handshake_timeout 200ms", silent},
+		{"says nothing", 1, "handshake_timeout 1s", silent},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			sick, rock := startPatient(t), startPatient(t)

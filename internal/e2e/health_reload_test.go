@@ -5,7 +5,6 @@ package e2e
 import (
 	"fmt"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -56,29 +55,12 @@ func TestHealthOverFailedReload(t *testing.T) {
 	p.waitHealth(t, slack, map[string]bool{sick.addr: false})
 	bad := p.siteConfig("", "websocket_proxy "+sick.addr+" {\n "+checks+"\n idle_timeout 1h\n}") +
 		"http://192.0.2.1:80 {\n bind 192.0.2.1\n}\n" // an address that this machine has not
-	if status := p.tryLoad(t, bad); status == http.StatusOK {
+	if status, _ := p.submit(t, bad); status == http.StatusOK {
 		t.Fatal("the config loads: the test is void")
 	}
 	p.waitHealth(t, 0, map[string]bool{sick.addr: false})
 	sick.answer("/health", nil)
 	p.waitHealth(t, slack, map[string]bool{sick.addr: true})
-}
-
-// tryLoad loads a Caddyfile through the admin API and returns the status.
-func (p *proxy) tryLoad(t testing.TB, caddyfile string) int {
-	t.Helper()
-	req, err := http.NewRequest(http.MethodPost, "http://"+p.admin+"/load", strings.NewReader(caddyfile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Content-Type", "text/caddyfile")
-	req.Close = true
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	res.Body.Close()
-	return res.StatusCode
 }
 
 // Routes that check one address in the same way share the probes and what they say;
@@ -130,7 +112,7 @@ func TestHurriedProbe(t *testing.T) {
 			<-hold // and breaks
 		}
 	})
-	held := rawDial(t, p.addr, "")
+	held := p.enter(t, "")
 	sick.answer("/chat", nil)
 	sick.answer("/health", answers(response(503, "no")))
 	p.reload(t, p.siteConfig("", site("lb_try_duration 20s\n health_interval 1h\n health_ws /health")))

@@ -320,23 +320,6 @@ func (p *proxy) wantLoadFails(t testing.TB, caddyfile string, starting bool) {
 	}
 }
 
-// post sends something to the admin API, over a connection of its own.
-func (p *proxy) post(path, contentType string, body []byte) (int, []byte, error) {
-	req, err := http.NewRequest(http.MethodPost, "http://"+p.admin+path, bytes.NewReader(body))
-	if err != nil {
-		return 0, nil, err
-	}
-	req.Header.Set("Content-Type", contentType)
-	req.Close = true
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer res.Body.Close()
-	answer, err := io.ReadAll(res.Body)
-	return res.StatusCode, answer, err
-}
-
 // A reload that fails leaves tunnels alone, though its settings would have ended them all,
 // at once: whether it fails before it starts or, in which order ever its apps do, while it
 // starts.

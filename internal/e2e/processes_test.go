@@ -168,7 +168,7 @@ func (b *backendProcess) exit(t testing.TB) int {
 	select {
 	case <-b.life.exited:
 		return b.life.cmd.ProcessState.ExitCode()
-	case <-time.After(15 * time.Second):
+	case <-time.After(20 * time.Second):
 		t.Fatalf("backend %s does not end", b.name)
 		return 0
 	}

@@ -78,6 +78,23 @@ func (c *rawConn) sendClose(t testing.TB, code uint16, reason string) {
 	}
 }
 
+// pingThrough has the backend answer a ping, which pass end to end: now the proxy knows
+// that this upstream answers pings, and judges it by its silence.
+func (c *rawConn) pingThrough(t testing.TB) {
+	t.Helper()
+	const payload = "are you there"
+	c.send(t, ws.OpPing, payload)
+	for {
+		h, got, err := c.receive()
+		if err != nil {
+			t.Fatalf("no pong comes: %v", err)
+		}
+		if h.OpCode == ws.OpPong && got == payload {
+			return
+		}
+	}
+}
+
 // receive reads one frame and returns it with its payload unmasked.
 func (c *rawConn) receive() (ws.Header, string, error) {
 	h, err := ws.ReadHeader(c.br)
@@ -114,41 +131,25 @@ func (c *rawConn) receiveClose() (code uint16, reason string, before []string, e
 }
 
 // rawBackend listens and gives every accepted connection to serve, after its
-// request was read; serve owns the connection. It returns the address.
+// request was read. It returns the address.
 func rawBackend(t testing.TB, serve func(r *http.Request, c *rawConn)) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	t.Cleanup(func() { ln.Close(); <-done })
-	go acceptRaw(ln, serve, done)
-	return ln.Addr().String()
+	return tcpBackend(t, afterRequest(serve))
 }
 
-// acceptRaw owns the listener's accept loop; closing the listener ends it.
+// acceptRaw is acceptTCP for what serves requests.
 func acceptRaw(ln net.Listener, serve func(*http.Request, *rawConn), done chan<- struct{}) {
-	defer close(done)
-	for {
-		conn, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		go serveRaw(conn, serve)
-	}
+	acceptTCP(ln, afterRequest(serve), done)
 }
 
-// serveRaw owns one accepted connection until serve returns.
-func serveRaw(conn net.Conn, serve func(*http.Request, *rawConn)) {
-	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
-	br := bufio.NewReader(conn)
-	r, err := http.ReadRequest(br)
-	if err != nil {
-		return
+// afterRequest reads the request of a connection before that is served.
+func afterRequest(serve func(*http.Request, *rawConn)) func(net.Conn) {
+	return func(conn net.Conn) {
+		br := bufio.NewReader(conn)
+		if r, err := http.ReadRequest(br); err == nil {
+			serve(r, &rawConn{Conn: conn, br: br})
+		}
 	}
-	serve(r, &rawConn{Conn: conn, br: br})
 }
 
 // accept answers a handshake with a 101; extra lines end with CRLF.

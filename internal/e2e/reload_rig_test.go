@@ -61,31 +61,7 @@ func (h *house) options(tunnels []string) string {
 // change loads another config of these routes.
 func (h *house) change(t testing.TB, site string, tunnels ...string) {
 	t.Helper()
-	h.follow(t, h.config(site, tunnels...))
-}
-
-// follow is reload, whatever it is that the config follows upon.
-func (p *proxy) follow(t testing.TB, caddyfile string) {
-	t.Helper()
-	if status, said := p.submit(t, caddyfile); status != http.StatusOK {
-		t.Fatalf("reload: %d: %s", status, said)
-	}
-}
-
-// submit loads a config through the admin API. Caddy restarts that with every config,
-// and what it has just accepted may end with the config before.
-func (p *proxy) submit(t testing.TB, caddyfile string) (status int, said string) {
-	t.Helper()
-	var err error
-	if !eventually(20*time.Second, func() bool {
-		var answer []byte
-		status, answer, err = p.post("/load", "text/caddyfile", []byte(caddyfile))
-		said = string(answer)
-		return err == nil
-	}) {
-		t.Fatal(err)
-	}
-	return status, said
+	h.reload(t, h.config(site, tunnels...))
 }
 
 // chat is a WebSocket route at a path. Settings follow the upstreams.

@@ -93,7 +93,7 @@ func TestReloadMovesRoutes(t *testing.T) {
 	h.wantContinuous(t, opened)
 
 	began := time.Now()
-	h.follow(t, h.config("", "", "", named, plain)+fmt.Sprintf("http://%s {\n config_probe\n%s respond ok\n}\n", other, routes))
+	h.reload(t, h.config("", "", "", named, plain)+fmt.Sprintf("http://%s {\n config_probe\n%s respond ok\n}\n", other, routes))
 	wantOut(t, began, 300*time.Millisecond, goers...)
 	wantChatting(t, stay...)
 	for range 2 {

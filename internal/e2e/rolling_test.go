@@ -76,14 +76,14 @@ func TestRollingDeployByReload(t *testing.T) {
 		had := r.on(t, b)
 		r.moves += had
 		r.began()
-		r.follow(t, r.config(slices.Delete(slices.Clone(r.backends), i, i+1)))
+		r.reload(t, r.config(slices.Delete(slices.Clone(r.backends), i, i+1)))
 		r.waitLeft(t, b)
 		if got := r.stats(t); !maps.Equal(got.ByRoute, routes) || had == 0 {
 			t.Errorf("routes without %s, which had %d connections: got %v, want %v", b.name, had, got.ByRoute, routes)
 		}
 		term(t, b)
 		b.restart(t)
-		r.follow(t, r.config(r.backends))
+		r.reload(t, r.config(r.backends))
 		if v := r.view(t, b); v.Draining || v.Connections != 0 {
 			t.Errorf("upstream that came back: got %+v, want it in service, and nobody there yet", v)
 		}

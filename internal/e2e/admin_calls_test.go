@@ -101,7 +101,7 @@ func (p *proxy) stats(t testing.TB) stats {
 func (p *proxy) waitEmpty(t testing.TB) {
 	t.Helper()
 	var s stats
-	if !eventually(10*time.Second, func() bool { s = p.stats(t); return s.Total == 0 }) {
+	if !eventually(20*time.Second, func() bool { s = p.stats(t); return s.Total == 0 }) {
 		t.Errorf("connections left in the registry: %+v: %+v", s, p.connections(t))
 	}
 }

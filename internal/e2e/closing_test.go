@@ -213,9 +213,7 @@ func TestSlowClientGetsAll(t *testing.T) {
 			before := p.stats(t)
 			l := p.open(t, "")
 			_ = l.client.tcp().SetReadBuffer(64 << 10)
-			for _, c := range []*rawConn{l.client, l.backend} {
-				_ = c.SetDeadline(time.Now().Add(time.Minute))
-			}
+			_, _ = l.client.SetDeadline(time.Now().Add(time.Minute)), l.backend.SetDeadline(time.Now().Add(time.Minute))
 			sent := make(chan error, 1)
 			go sendAndLeave(l.backend, append(wireFrame(fin|binaryOp, message, false, 0), tt.bye...), sent)
 			got, messages := 0, 0

@@ -34,11 +34,11 @@ func checkLeaks(t testing.TB, before []string) {
 	t.Helper()
 	http.DefaultClient.CloseIdleConnections()
 	var stacks string
-	if !eventually(10*time.Second, func() bool { stacks = ownGoroutines(); return stacks == "" }) {
+	if !eventually(20*time.Second, func() bool { stacks = ownGoroutines(); return stacks == "" }) {
 		t.Errorf("goroutines left:\n%s", stacks)
 	}
 	var after []string
-	if !eventually(10*time.Second, func() bool { after = openDescriptors(t); return len(after) <= len(before) }) {
+	if !eventually(20*time.Second, func() bool { after = openDescriptors(t); return len(after) <= len(before) }) {
 		t.Errorf("open descriptors: got %q, want no more than before: %q", after, before)
 	}
 }

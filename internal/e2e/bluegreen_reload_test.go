@@ -77,7 +77,7 @@ func TestReloadThatFailsMovesNobody(t *testing.T) {
 			"other route":    p.siteConfig("", strings.Replace(site(b), "app", "other", 1)) + late,
 			"no such module": p.siteConfig("", site(b)+"\n no_such_directive"),
 		} {
-			if status, _ := p.submit(t, config); status == http.StatusOK {
+			if status, _ := p.submit(t, "text/caddyfile", []byte(config)); status == http.StatusOK {
 				t.Fatalf("%s: the bad config was loaded", name)
 			}
 		}
@@ -127,12 +127,12 @@ func TestMovesKeepNoConfigInMemory(t *testing.T) {
 	configProbes.reset()
 	p.reload(t, config(1))
 	served() // what the old listener had accepted it may have reset
-	var chatters []*chatter
+	var all []*resident
 	for i := range clients {
 		if i%2 == 0 {
-			chatters = append(chatters, startChatter(t, p.addr, nil))
+			all = append(all, enterAt(t, p.addr, "/"))
 		} else {
-			chatters = append(chatters, startChatter(t, secure, insecure))
+			all = append(all, enterSecure(t, secure, insecure))
 		}
 	}
 	resumes := func() (n int) {
@@ -163,12 +163,7 @@ func TestMovesKeepNoConfigInMemory(t *testing.T) {
 		t.Errorf("objects of configs that are still in memory: got %d, want the %d of the running one: %s",
 			alive, configProbes.perConfig(), configProbes.describe())
 	}
-	for _, c := range chatters {
-		c.stop()
-		if err := c.err; err != nil {
-			t.Errorf("client: %v", err)
-		}
-	}
+	finish(t, all...)
 }
 
 // resumption is what the admin API shows of it.

@@ -131,22 +131,6 @@ func (h *hop) reasons(t testing.TB, route string) map[string]int {
 	return all
 }
 
-// sockets is how many the process of a hop has open.
-func (h *hop) sockets(t testing.TB) (n int) {
-	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd", h.cmd.Process.Pid)
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		if to, err := os.Readlink(dir + "/" + e.Name()); err == nil && strings.HasPrefix(to, "socket:") {
-			n++
-		}
-	}
-	return n
-}
-
 // waitSockets waits until no hop has more sockets than before.
 func (c *chain) waitSockets(t testing.TB, before []int) {
 	t.Helper()

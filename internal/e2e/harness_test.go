@@ -107,19 +107,19 @@ func (p *proxy) load(t testing.TB, caddyfile string) {
 // reload loads a Caddyfile through the admin API.
 func (p *proxy) reload(t testing.TB, caddyfile string) {
 	t.Helper()
-	if status, said := p.submit(t, caddyfile); status != http.StatusOK {
+	if status, said := p.submit(t, "text/caddyfile", []byte(caddyfile)); status != http.StatusOK {
 		t.Fatalf("reload: %d: %s", status, said)
 	}
 }
 
 // submit is reload, of a config that may be refused. Every load restarts the admin
 // endpoint, also one that fails, which may cost the next request its connection.
-func (p *proxy) submit(t testing.TB, caddyfile string) (status int, said string) {
+func (p *proxy) submit(t testing.TB, contentType string, config []byte) (status int, said string) {
 	t.Helper()
 	var err error
 	if !eventually(20*time.Second, func() bool {
 		var answer []byte
-		status, answer, err = p.post("/load", "text/caddyfile", []byte(caddyfile))
+		status, answer, err = p.post("/load", contentType, config)
 		said = string(answer)
 		return err == nil
 	}) {

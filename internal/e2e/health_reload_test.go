@@ -55,7 +55,7 @@ func TestHealthOverFailedReload(t *testing.T) {
 	p.waitHealth(t, slack, map[string]bool{sick.addr: false})
 	bad := p.siteConfig("", "websocket_proxy "+sick.addr+" {\n "+checks+"\n idle_timeout 1h\n}") +
 		"http://192.0.2.1:80 {\n bind 192.0.2.1\n}\n" // an address that this machine has not
-	if status, _ := p.submit(t, bad); status == http.StatusOK {
+	if status, _ := p.submit(t, "text/caddyfile", []byte(bad)); status == http.StatusOK {
 		t.Fatal("the config loads: the test is void")
 	}
 	p.waitHealth(t, 0, map[string]bool{sick.addr: false})

@@ -41,7 +41,7 @@ func TestMetrics(t *testing.T) {
 	}
 	d.sendClose(t, 1001, "")
 	p.waitEmpty(t)
-	if !eventually(5*time.Second, func() bool { return !strings.Contains(p.scrape(t), `route="first"`) }) {
+	if !eventually(15*time.Second, func() bool { return !strings.Contains(p.scrape(t), `route="first"`) }) {
 		t.Error("series of a route that is gone are still there")
 	}
 }
@@ -56,7 +56,7 @@ func (p *proxy) scrape(t testing.TB) string {
 func (p *proxy) wantMetrics(t testing.TB, want map[string]string) {
 	t.Helper()
 	var missing []string
-	if !eventually(5*time.Second, func() bool {
+	if !eventually(15*time.Second, func() bool {
 		missing = nil
 		got := p.scrape(t)
 		for series, value := range want {

@@ -49,7 +49,7 @@ func TestMigrate(t *testing.T) {
 			}
 			if settings != "replay off" && settings != "resume_timeout off" {
 				c.send(t, ws.OpText, "meanwhile")
-				if !eventually(5*time.Second, func() bool { return p.resumed(t)[0].Buffered > int64(len("meanwhile")) }) {
+				if !eventually(15*time.Second, func() bool { return p.resumed(t)[0].Buffered > int64(len("meanwhile")) }) {
 					t.Errorf("got %+v, want bytes buffered", p.resumed(t))
 				}
 			} else {
@@ -230,7 +230,7 @@ func TestMigrateToNobody(t *testing.T) {
 		defer ln.Close() // it accepts nobody; the kernel does
 		p := startCaddy(t, "", "websocket_proxy "+a.addr)
 		c := rawDial(t, p.addr, "")
-		p.reload(t, p.siteConfig("", "websocket_proxy "+a.addr+" "+ln.Addr().String()+" {\n handshake_timeout 500ms\n}"))
+		p.reload(t, p.siteConfig("", "websocket_proxy "+a.addr+" "+ln.Addr().String()+" {\n handshake_timeout 3s\n}"))
 		id := p.connections(t)[0].ID
 		if status := p.migrate(t, id); status != http.StatusAccepted {
 			t.Fatalf("got %d, want 202", status)

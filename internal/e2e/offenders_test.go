@@ -180,7 +180,7 @@ func acceptOne(ln net.Listener, accepted chan<- *link, answer string) {
 	if err != nil {
 		return
 	}
-	_ = conn.SetDeadline(time.Now().Add(15 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
 	br := bufio.NewReader(conn)
 	r, err := http.ReadRequest(br)
 	if err != nil {
@@ -200,7 +200,7 @@ func acceptOne(ln net.Listener, accepted chan<- *link, answer string) {
 func (p *pairing) only(t testing.TB) connection {
 	t.Helper()
 	var list []connection
-	if !eventually(time.Second, func() bool { list = p.connections(t); return len(list) == 1 && list[0].State == "open" }) {
+	if !eventually(10*time.Second, func() bool { list = p.connections(t); return len(list) == 1 && list[0].State == "open" }) {
 		t.Fatalf("connections: got %+v, want one that is open", list)
 	}
 	return list[0]

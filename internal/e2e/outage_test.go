@@ -35,9 +35,10 @@ func TestOutage(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	watch(5*time.Second, func() bool { return p.stats(t).ByState["held"] == clients })
+	watch(20*time.Second, func() bool { return p.stats(t).ByState["held"] == clients })
 	t.Logf("all held after %v", time.Since(began))
 	watch(away-time.Since(began), func() bool { return false })
+	watch(30*time.Second, func() bool { return most >= memory*9/10 })
 	if got := p.stats(t); got.ByState["held"] != clients {
 		t.Errorf("connections: got %v, want all %d held; ended: %v", got.ByState, clients, c.ended())
 	}
@@ -77,7 +78,7 @@ func TestOutage(t *testing.T) {
 	if most > memory || most < memory*9/10 {
 		t.Errorf("caddy_connections_replay_bytes: got up to %d, want up to %d, not more", most, memory)
 	}
-	if !eventually(5*time.Second, func() bool { return p.replayBytes(t) == 0 }) {
+	if !eventually(15*time.Second, func() bool { return p.replayBytes(t) == 0 }) {
 		t.Errorf("caddy_connections_replay_bytes at the end: got %d", p.replayBytes(t))
 	}
 	if e := c.ended(); len(e) > 0 {
@@ -103,7 +104,8 @@ func settledOrBusy(t *testing.T, p *process) float64 {
 	return most
 }
 
-// With nothing to hold them back, the clients return at times of their own.
+// With nothing to hold them back, the clients return at times of their own: not most of
+// them in a quarter of the time that they have.
 func TestOutageJitter(t *testing.T) {
 	const clients = 500
 	const bound = 2 * time.Second
@@ -113,7 +115,7 @@ func TestOutageJitter(t *testing.T) {
 	b.leave()
 	pass(5 * time.Second)
 	b.come(0)
-	if !eventually(10*time.Second, func() bool { return p.stats(t).ByState["open"] == clients }) {
+	if !eventually(20*time.Second, func() bool { return p.stats(t).ByState["open"] == clients }) {
 		t.Fatalf("connections: %+v", p.stats(t))
 	}
 	b.mu.Lock()
@@ -122,14 +124,14 @@ func TestOutageJitter(t *testing.T) {
 	slices.SortFunc(came, time.Time.Compare)
 	most := 0
 	for i, j := 0, 0; i < len(came); i++ {
-		for came[i].Sub(came[j]) > bound/20 {
+		for came[i].Sub(came[j]) > bound/4 {
 			j++
 		}
 		most = max(most, i-j+1)
 	}
-	t.Logf("%d re-dials over %v, at most %d in %v", len(came), came[len(came)-1].Sub(came[0]), most, bound/20)
-	if most > clients/4 {
-		t.Errorf("re-dials in %v: got %d of %d", bound/20, most, clients)
+	t.Logf("%d re-dials over %v, at most %d in %v", len(came), came[len(came)-1].Sub(came[0]), most, bound/4)
+	if most > clients*6/10 {
+		t.Errorf("re-dials in %v: got %d of %d", bound/4, most, clients)
 	}
 	if e := c.ended(); len(e) > 0 {
 		t.Errorf("ended: %v", e)
@@ -144,13 +146,13 @@ func TestOverflowClose(t *testing.T) {
 	before := p.stats(t).ClosedByReason["overflow"]
 	c := startCrowd(t, p.addr, clients, func(i int) time.Duration {
 		if i%2 == 0 {
-			return 50 * time.Millisecond // 60 KB
+			return 50 * time.Millisecond // 20 KB within a second
 		}
-		return 500 * time.Millisecond // 6 KB
+		return 2 * time.Second // not before this test ends
 	})
 	pass(500 * time.Millisecond)
 	b.leave()
-	pass(3 * time.Second)
+	p.waitReason(t, "overflow", before, clients/2)
 	b.come(0)
 	if !eventually(15*time.Second, func() bool { s := p.stats(t); return s.ByState["open"] == s.Total }) {
 		t.Errorf("connections: %+v", p.stats(t))
@@ -158,7 +160,8 @@ func TestOverflowClose(t *testing.T) {
 	c.stop()
 	c.sending.Wait()
 	want := ending{Code: 1013, Reason: "too many messages while no backend is available", Clean: true}
-	if got := c.ended(); got[want] != clients/2 || len(got) != 1 {
+	var got map[ending]int
+	if !eventually(10*time.Second, func() bool { got = c.ended(); return got[want] >= clients/2 }) || got[want] != clients/2 || len(got) != 1 {
 		t.Errorf("ended: got %v, want %d with 1013", got, clients/2)
 	}
 	if got := p.stats(t).ClosedByReason["overflow"] - before; got != clients/2 {
@@ -177,6 +180,8 @@ func TestOverflowClose(t *testing.T) {
 	}) {
 		t.Errorf("clients %v miss messages", late)
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for _, f := range b.faults {
 		t.Error(f)
 	}

@@ -30,7 +30,7 @@ func layer4Servers(globals string, servers ...layer4Server) string {
 // Each setting of a live tunnel counts from a reload on: shortened, it ends what is over;
 // lengthened, it spares what would have been, also what had been warned.
 func TestPassthroughChangedSettings(t *testing.T) {
-	const limit, outlived = 4 * time.Second, 5 * time.Second
+	const limit, outlived = 8 * time.Second, 9 * time.Second
 	echoes := echoBackend(t, nil)
 	mute := tcpBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, struct{ io.Reader }{conn}) })
 	deaf := tcpBackend(t, func(conn net.Conn) { // which has nothing to say when its client has ended
@@ -78,7 +78,12 @@ func TestPassthroughChangedSettings(t *testing.T) {
 		case mute:
 			_, _ = io.WriteString(c.conn, "hello")
 		case deaf:
-			_ = c.conn.CloseWrite()
+			if !eventually(10*time.Second, func() bool {
+				return slices.ContainsFunc(p.connections(t), func(now connection) bool { return now.Route == c.name && now.State == "open" })
+			}) {
+				t.Errorf("%s: the tunnel is not open", c.name)
+			}
+			_ = c.conn.CloseWrite() // not before: one that ends while a backend is dialed is gone
 		}
 	}
 	if !eventually(10*time.Second, func() bool {
@@ -210,7 +215,7 @@ func TestPassthroughOrphansArePaced(t *testing.T) {
 
 // An upstream that comes back while its tunnels are being closed keeps those that are left.
 func TestPassthroughUpstreamBackInTime(t *testing.T) {
-	const n, window = 50, 2500 * time.Millisecond
+	const n, window = 50, 5 * time.Second
 	one, two := echoBackend(t, nil), echoBackend(t, nil)
 	globals := fmt.Sprintf("connection_registry {\n orphan_timeout %v\n}", window)
 	route := func(to string) string { return toAll(to + " {\n name tunnels\n lb_policy first\n}") }
@@ -261,7 +266,7 @@ func TestPassthroughServerMoves(t *testing.T) {
 			p.reload(t, p.layer4Config(other, globals, route))
 			next := dialTCP(t, other)
 			wantEcho(t, next, "hello")
-			if reachable(addr) {
+			if !eventually(10*time.Second, func() bool { return !reachable(addr) }) {
 				t.Errorf("%s: got a connection, want that nobody listens there any more", addr)
 			}
 			if kept {

@@ -38,6 +38,7 @@ func TestPassthroughTimeLimits(t *testing.T) {
 	wantBytes(t, answered, hello)
 	stuck, _ := dial("stuck.test")
 	halfOpen, _ := dial("halfopen.test")
+	wantBytes(t, halfOpen, []byte("x")) // one that ends while a backend is dialed is gone
 	_ = halfOpen.CloseWrite()
 	aged, _ := dial("lifetime.test")
 	go trickle(aged)

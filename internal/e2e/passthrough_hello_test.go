@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/tls"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -342,19 +341,3 @@ func (c *unanswered) Write(b []byte) (int, error) {
 }
 
 func (c *unanswered) Close() error { return nil }
-
-// sockets counts those that the process has.
-func (p *process) sockets(t testing.TB) (n int) {
-	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd/", p.cmd.Process.Pid)
-	all, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range all {
-		if to, err := os.Readlink(dir + e.Name()); err == nil && strings.HasPrefix(to, "socket:") {
-			n++
-		}
-	}
-	return n
-}

@@ -1,4 +1,4 @@
-// This file tests what becomes of tunnels: reloads, upstreams that go, the end of Caddy.
+// This file tests what becomes of tunnels: reloads, upstreams that go, inactivity.
 
 package e2e
 
@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
@@ -181,9 +180,9 @@ func TestPassthroughInactivity(t *testing.T) {
 	second := freeAddr(t)
 	p.reload(t, p.layer4Config(addr+" {\n"+toAll(backend+" {\n keep_alive_treatment immortal"+times)+"}\n"+second, "metrics",
 		toAll(backend+" {\n name idle\n keep_alive_treatment standard"+strings.Replace(times, " max_lifetime 1s\n", "", 1))))
+	before := p.stats(t).ClosedByReason["idle"]
 	idle := dialTCP(t, second)
 	wantEcho(t, idle, "hello")
-	before := p.stats(t).ClosedByReason["idle"]
 	wantEnd(t, idle)
 	p.waitReason(t, "idle", before, 1)
 	if got := p.value(t, `caddy_connections_idle_warnings_total{route="idle"}`); got != 1 {
@@ -194,46 +193,4 @@ func TestPassthroughInactivity(t *testing.T) {
 	}
 	wantEcho(t, immortal, "still")
 	immortal.Close()
-}
-
-// A stop ends tunnels by a FIN, also those whose client does not read, within
-// shutdown_timeout.
-func TestPassthroughStop(t *testing.T) {
-	backend := tcpBackend(t, func(conn net.Conn) {
-		for { // more than a client that does not read has room for
-			if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
-				return
-			}
-		}
-	})
-	quiet := echoBackend(t, nil)
-	flooded := freeAddr(t)
-	addr := freeAddr(t)
-	p := startBinary(t, "connection_registry {\n shutdown_timeout 3s\n}\nlayer4 {\n"+addr+" {\n"+toAll(quiet)+"}\n"+flooded+" {\n"+toAll(backend)+"}\n}", "respond ok")
-	var conns []*net.TCPConn
-	for range 20 {
-		c := dialTCP(t, addr)
-		wantEcho(t, c, "hello")
-		conns = append(conns, c)
-		dialTCP(t, flooded)
-	}
-	p.waitCount(t, 40)
-	path, _ := binary()
-	began := time.Now()
-	if out, err := exec.Command(path, "stop", "--address", p.admin).CombinedOutput(); err != nil {
-		t.Fatalf("caddy stop: %v: %s", err, out)
-	}
-	for _, c := range conns {
-		if n, err := c.Read(make([]byte, 1)); n > 0 || err != io.EOF {
-			t.Errorf("quiet client: got %d bytes, %v; want EOF", n, err)
-		}
-	}
-	select {
-	case <-p.exited:
-	case <-time.After(20 * time.Second):
-		t.Fatal("Caddy does not end")
-	}
-	if took := time.Since(began); took > 6*time.Second {
-		t.Errorf("the stop took %v, want at most 3s, and what a busy machine adds", took)
-	}
 }

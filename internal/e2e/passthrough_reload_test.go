@@ -279,8 +279,8 @@ func TestPassthroughDuringReload(t *testing.T) {
 			}
 			return err
 		}
-		if status, body, err := p.post("/load", "application/json", withHook(t, p.layer4Config(addr, globals, route()))); status != http.StatusOK {
-			t.Fatalf("load: got %d %s, %v", status, body, err)
+		if status, said := p.submit(t, "application/json", withHook(t, p.layer4Config(addr, globals, route()))); status != http.StatusOK {
+			t.Fatalf("load: got %d %s", status, said)
 		}
 		if during != nil {
 			conns = append(conns, during)
@@ -302,21 +302,10 @@ func TestPassthroughDuringReload(t *testing.T) {
 // could not start if starting is to fail.
 func (p *proxy) wantLoadFails(t testing.TB, caddyfile string, starting bool) {
 	t.Helper()
-	config := withHook(t, caddyfile)
 	onStart = func() error { return errors.New("this app cannot start") }
-	var status int
-	var body []byte
-	var err error
-	if !eventually(10*time.Second, func() bool {
-		// A load replaces the admin endpoint, also one that fails, which may cost the next
-		// request its connection.
-		status, body, err = p.post("/load", "application/json", config)
-		return err == nil
-	}) {
-		t.Fatal(err)
-	}
-	if status != http.StatusBadRequest || starting && !bytes.Contains(body, []byte("cannot start")) {
-		t.Fatalf("load: got status %d, %s; want that it fails", status, body)
+	status, said := p.submit(t, "application/json", withHook(t, caddyfile))
+	if status != http.StatusBadRequest || starting && !strings.Contains(said, "cannot start") {
+		t.Fatalf("load: got status %d, %s; want that it fails", status, said)
 	}
 }
 

@@ -79,7 +79,7 @@ func acceptTCP(ln net.Listener, serve func(net.Conn), done chan<- struct{}) {
 		}
 		go func() {
 			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
+			_ = conn.SetDeadline(time.Now().Add(5 * time.Minute)) // longer than any test, also on a busy machine
 			serve(conn)
 		}()
 	}
@@ -93,7 +93,7 @@ func dialTCP(t testing.TB, addr string) *net.TCPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(time.Minute))
 	return conn.(*net.TCPConn)
 }
 

@@ -49,15 +49,19 @@ func TestPlaceholderUpstreams(t *testing.T) {
 			// want checks what is shown; resumes are those of the first client.
 			want := func(when string, resumes int) {
 				t.Helper()
-				byDial := make(map[string]resumption)
-				for _, c := range p.resumed(t) {
-					c.ID, c.Replayed, c.Buffered = "", 0, 0
-					byDial[c.Dial] = c
-				}
-				if wanted := map[string]resumption{
+				wanted := map[string]resumption{
 					posts[0].addr: {State: "open", Upstream: test.upstream, Dial: posts[0].addr, Resumes: resumes},
 					posts[1].addr: {State: "open", Upstream: test.upstream, Dial: posts[1].addr},
-				}; !maps.Equal(byDial, wanted) {
+				}
+				byDial := make(map[string]resumption)
+				if !eventually(10*time.Second, func() bool { // they are told before they count as open
+					clear(byDial)
+					for _, c := range p.resumed(t) {
+						c.ID, c.Replayed, c.Buffered = "", 0, 0
+						byDial[c.Dial] = c
+					}
+					return maps.Equal(byDial, wanted)
+				}) {
 					t.Errorf("%s: got connections %+v, want %+v", when, byDial, wanted)
 				}
 				if shown := p.dialed(t, test.route, test.upstream); !slices.Equal(shown, append([]string{""}, addrs...)) {
@@ -87,7 +91,11 @@ func TestPlaceholderUpstreams(t *testing.T) {
 
 			clients.leave()
 			p.waitEmpty(t)
-			if shown := p.dialed(t, test.route, test.upstream); !slices.Equal(shown, []string{""}) {
+			var shown []string
+			if !eventually(10*time.Second, func() bool {
+				shown = p.dialed(t, test.route, test.upstream)
+				return slices.Equal(shown, []string{""})
+			}) {
 				t.Errorf("API shows the upstream at %q, want it as configured: the rest goes with the last connection", shown)
 			}
 		})

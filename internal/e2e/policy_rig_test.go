@@ -134,7 +134,7 @@ func (v *visitor) connect(addr string) error {
 	if err != nil {
 		return err
 	}
-	_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(2 * time.Minute))
 	v.conn = &rawConn{Conn: conn, br: bufio.NewReaderSize(conn, 512), client: true}
 	if _, err := io.WriteString(conn, strings.Replace(rawUpgrade(addr, v.header), "/chat?x=1", v.target, 1)); err != nil {
 		return err

@@ -318,7 +318,7 @@ func TestManyPings(t *testing.T) {
 				t.Fatal(err)
 			}
 			var wrong []string
-			if !eventually(5*time.Second, func() bool { wrong = c.wrong(); return len(wrong) == 0 }) {
+			if !eventually(15*time.Second, func() bool { wrong = c.wrong(); return len(wrong) == 0 }) {
 				t.Errorf("of %d pings: %v", c.pings, wrong)
 			}
 			pass(200 * time.Millisecond) // a second answer would come now

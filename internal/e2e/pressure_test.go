@@ -156,14 +156,7 @@ type pressed struct {
 // open opens n WebSockets.
 func (p *pressed) open(t testing.TB, n int, path string) (conns []*rawConn) {
 	t.Helper()
-	for range n {
-		res, c := rawRequest(t, p.addr, pathed(p.addr, path, ""))
-		if res.StatusCode != http.StatusSwitchingProtocols {
-			t.Fatalf("%s: status %d", path, res.StatusCode)
-		}
-		_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
-		conns = append(conns, c)
-	}
+	conns = p.openAt(t, n, path)
 	if path == "/open" {
 		p.alive = append(p.alive, conns...)
 	}

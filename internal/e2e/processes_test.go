@@ -301,7 +301,8 @@ func (c *backendConn) String() string {
 }
 
 // backendConns returns what backends have recorded until now of each of Holdfast's
-// connections, oldest first.
+// connections, oldest first. The one that resumes nothing is the oldest: a backend may be
+// slow to record that it was opened.
 func backendConns(t testing.TB, backends ...*backendProcess) map[string][]*backendConn {
 	t.Helper()
 	byID := make(map[string][]*backendConn)
@@ -327,7 +328,9 @@ func backendConns(t testing.TB, backends ...*backendProcess) map[string][]*backe
 		}
 	}
 	for _, conns := range byID {
-		slices.SortFunc(conns, func(a, b *backendConn) int { return cmp.Compare(a.opened, b.opened) })
+		slices.SortFunc(conns, func(a, b *backendConn) int {
+			return cmp.Or(cmp.Compare(min(len(a.resume), 1), min(len(b.resume), 1)), cmp.Compare(a.opened, b.opened))
+		})
 	}
 	return byID
 }

@@ -59,7 +59,7 @@ func (all introductions) accept(ln net.Listener, conf *tls.Config, serve script,
 // serve owns one connection until serve returns. A second header would be no request.
 func (all introductions) serve(conn net.Conn, conf *tls.Config, serve script) {
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(2 * time.Minute))
 	br := bufio.NewReader(conn)
 	header, err := proxyproto.Read(br)
 	if err != nil {

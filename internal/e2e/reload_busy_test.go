@@ -162,7 +162,7 @@ func TestReloadWhileMigrating(t *testing.T) {
 		if status != http.StatusSwitchingProtocols {
 			t.Fatalf("got status %d, want 101", status)
 		}
-		_ = c.SetDeadline(time.Now().Add(60 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 		c.send(t, ws.OpText, "one")
 		c.wantText(t, "echo one")
 		all = append(all, c)

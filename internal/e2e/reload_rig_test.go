@@ -77,7 +77,7 @@ func tunnel(upstreams, settings string) string {
 // refused wants that a config is refused, and returns why.
 func (h *house) refused(t testing.TB, config string) string {
 	t.Helper()
-	status, said := h.submit(t, config)
+	status, said := h.submit(t, "text/caddyfile", []byte(config))
 	if status == http.StatusOK {
 		t.Fatalf("a config was loaded that is to be refused:\n%s", config)
 	}

@@ -7,11 +7,8 @@ import (
 	"net"
 	"net/http"
 	"runtime"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 	"weak"
@@ -55,23 +52,18 @@ func TestReloadKeepsConnections(t *testing.T) {
 	configProbes.reset()
 	p.reload(t, config(1))
 
-	var chatters []*chatter
+	var all []*resident
 	for i := range clients {
-		addr, conf := p.addr, (*tls.Config)(nil)
 		if i%2 == 1 {
-			addr, conf = secure, insecure
+			all = append(all, enterSecure(t, secure, insecure))
+		} else {
+			all = append(all, enterAt(t, p.addr, "/"))
 		}
-		chatters = append(chatters, startChatter(t, addr, conf))
 	}
 	for n := range reloads {
 		p.reload(t, config(n+2))
-		for _, c := range chatters {
-			c.reloaded = c.sent.Load()
-		}
-		quiet := func(c *chatter) bool { return c.sent.Load() == c.reloaded }
-		if !eventually(20*time.Second, func() bool { return !slices.ContainsFunc(chatters, quiet) }) {
-			t.Errorf("reload %d: client %d has no echo since", n, slices.IndexFunc(chatters, quiet))
-			break
+		if wantChatting(t, all...); t.Failed() {
+			t.Fatalf("after reload %d", n)
 		}
 	}
 	if got := p.stats(t).ByState["open"]; got != clients {
@@ -83,18 +75,12 @@ func TestReloadKeepsConnections(t *testing.T) {
 		t.Errorf("objects of configs that are still in memory: got %d, want the %d of the running one: %s",
 			alive, configProbes.perConfig(), configProbes.describe())
 	}
+	finish(t, all...)
 	var messages int64
-	for _, c := range chatters {
-		c.stop()
-		messages += c.sent.Load()
-		if err := c.err; err != nil {
-			t.Errorf("client: %v", err)
-		}
+	for _, r := range all {
+		messages += r.echoed.Load()
 	}
 	t.Logf("%d messages echoed over %d reloads", messages, reloads)
-	if messages < clients*int64(reloads) {
-		t.Errorf("messages: got %d, want at least %d for the test to mean something", messages, clients*reloads)
-	}
 }
 
 // A route that leaves the config takes its connections with it, paced; one that
@@ -116,18 +102,18 @@ func TestReloadRouteGone(t *testing.T) {
 	}
 	stays, goes, other := dial("/stays"), dial("/goes"), dial("/goes")
 	before := p.stats(t)
-	p.reload(t, p.siteConfig(globals, site(route("stays"))))
 	began := time.Now()
+	p.reload(t, p.siteConfig(globals, site(route("stays"))))
+	var closed []time.Time
 	for _, c := range []*rawConn{goes, other} {
 		code, _, _, err := c.receiveClose()
 		if err != nil || code != 1001 {
 			t.Errorf("close of a route that is gone: got %d, %v; want 1001", code, err)
 		}
+		closed = append(closed, time.Now())
 		c.sendClose(t, code, "")
 	}
-	if took := time.Since(began); took < 150*time.Millisecond {
-		t.Errorf("the last one was closed after %v, want them spread over 400ms", took)
-	}
+	wantPaced(t, closed, began, 400*time.Millisecond)
 	stays.send(t, ws.OpText, "still here")
 	if _, got, err := stays.receive(); err != nil || got != "still here" {
 		t.Errorf("route that stayed: got %q, %v", got, err)
@@ -167,12 +153,7 @@ func TestFailedReload(t *testing.T) {
 	defer taken.Close()
 	bad := p.siteConfig("", "websocket_proxy "+backend+" {\n name other\n idle_timeout 1ms\n}") +
 		fmt.Sprintf("http://%s {\n bind 127.0.0.1\n respond taken\n}\n", taken.Addr())
-	res, err := http.Post("http://"+p.admin+"/load", "text/caddyfile", strings.NewReader(bad))
-	if err != nil {
-		t.Fatal(err)
-	}
-	res.Body.Close()
-	if res.StatusCode == http.StatusOK {
+	if status, _ := p.submit(t, "text/caddyfile", []byte(bad)); status == http.StatusOK {
 		t.Fatal("the bad config was loaded")
 	}
 	c.send(t, ws.OpText, "still here")
@@ -199,83 +180,25 @@ func (p *proxy) waitCount(t testing.TB, n int) {
 	}
 }
 
-// chatter is a client that sends numbered messages and wants each back, once
-// and in order.
-type chatter struct {
-	conn *rawConn
-	sent atomic.Int64
-	quit chan struct{} // closed by stop
-	done chan struct{} // closed by run
-	err  error         // valid after done
-
-	reloaded int64 // what sent was at the last reload
-}
-
-func startChatter(t testing.TB, addr string, conf *tls.Config) *chatter {
+// enterSecure lets a client in by TLS.
+func enterSecure(t testing.TB, addr string, conf *tls.Config) *resident {
 	t.Helper()
-	host := addr
-	conn, err := net.Dial("tcp", addr)
-	if err == nil && conf != nil {
-		host = conf.ServerName
-		conn = tls.Client(conn, conf)
-	}
+	conn, err := tls.Dial("tcp", addr, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(3 * time.Minute))
-	if _, err := conn.Write([]byte(rawUpgrade(host, ""))); err != nil {
+	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := conn.Write([]byte(rawUpgrade(conf.ServerName, ""))); err != nil {
 		t.Fatal(err)
 	}
 	br := bufio.NewReader(conn)
 	res, err := http.ReadResponse(br, nil)
-	if err != nil || res.StatusCode != 101 {
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
 		t.Fatalf("handshake: %v %v", res, err)
 	}
-	c := &chatter{
-		conn: &rawConn{Conn: conn, br: br, client: true},
-		quit: make(chan struct{}), done: make(chan struct{}),
-	}
-	go c.run(t)
-	return c
-}
-
-// run chats until stop and then closes in good order.
-func (c *chatter) run(t testing.TB) {
-	defer close(c.done)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		select {
-		case <-c.quit:
-			c.sendClose()
-			return
-		case <-tick.C:
-		}
-		want := strconv.FormatInt(c.sent.Load(), 10)
-		c.conn.send(t, ws.OpText, want)
-		h, got, err := c.conn.receiveData()
-		if err != nil || h.OpCode != ws.OpText || got != want {
-			c.err = fmt.Errorf("message %s: got %v %q, %w", want, h.OpCode, got, err)
-			return
-		}
-		c.sent.Add(1)
-	}
-}
-
-func (c *chatter) sendClose() {
-	if _, err := c.conn.Write(ws.MustCompileFrame(ws.MaskFrame(ws.NewCloseFrame(ws.NewCloseFrameBody(1000, ""))))); err != nil {
-		c.err = err
-		return
-	}
-	if code, _, before, err := c.conn.receiveClose(); err != nil || code != 1000 || len(before) > 0 {
-		c.err = fmt.Errorf("close: got %d after %q, %w", code, before, err)
-	}
-}
-
-func (c *chatter) stop() {
-	close(c.quit)
-	<-c.done
+	c := &rawConn{Conn: conn, br: br, client: true}
+	return settle(t, &resident{conn: c, speak: c.speak, leave: c.bye})
 }
 
 // configProbe is a handler that remembers, weakly, what its config is made of.

@@ -83,12 +83,18 @@ func TestReloadRemovesUpstreams(t *testing.T) {
 	h.change(t, chat("/", w[1], "drain_window 300ms\n name app"), tunnel(b[1], "name tunnels"))
 	h.waitReason(t, "orphan", before, 8)
 	var stay, gone []*resident
-	for i, r := range all {
-		if i%2 == 1 && r.over() {
-			gone = append(gone, r)
-		} else {
-			stay = append(stay, r)
+	if !eventually(20*time.Second, func() bool {
+		stay, gone = nil, nil
+		for i, r := range all {
+			if i%2 == 1 && r.over() {
+				gone = append(gone, r)
+			} else {
+				stay = append(stay, r)
+			}
 		}
+		return len(gone) >= 8
+	}) {
+		t.Errorf("tunnels that were closed: got %d, want 8", len(gone))
 	}
 	wantClosed(t, 0, began, window, gone...)
 	h.waitOn(t, 20*time.Second, map[string]int{w[1]: 16, b[1]: 8})

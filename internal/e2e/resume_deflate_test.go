@@ -53,7 +53,7 @@ func TestCompressionOverTenBackends(t *testing.T) {
 			kill(t, backends...)
 			client := g.start(t)
 			p := startCaddy(t, "", "websocket_proxy "+strings.Join(addrs, " ")+" {\n resume_interval 1ms 50ms\n}\n\t"+page)
-			ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()
 			if err := client.visit(ctx, p); err != nil {
 				t.Fatal(err)
@@ -141,7 +141,7 @@ func TestWindowLimitOverBackends(t *testing.T) {
 		site += " " + b.addr
 	}
 	p := startCaddy(t, "", site+" {\n lb_policy round_robin\n resume_interval 1ms 20ms\n}")
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	kill(t, append(unfit, next)...) // none of these is to be the first
 	if _, err := called[opened](ctx, client.node, "open", map[string]any{

@@ -27,7 +27,7 @@ func TestBackendKilledInTheMiddle(t *testing.T) {
 	var all []*flooded
 	for i := range clients {
 		_, c := rawRequest(t, p.addr, strings.Replace(rawUpgrade(p.addr, ""), "x=1", "stream="+strconv.Itoa(rate), 1))
-		_ = c.SetDeadline(time.Now().Add(60 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 		f := &flooded{id: i, conn: c, quit: make(chan struct{}), sent: make(chan struct{}), over: make(chan struct{})}
 		all = append(all, f)
 		t.Cleanup(func() { c.Close(); <-f.over; <-f.sent })

@@ -37,7 +37,10 @@ func TestMetricsOfResumes(t *testing.T) {
 		return r
 	}
 	c.send(t, ws.OpText, "acknowledged")
-	if !eventually(5*time.Second, func() bool { return show().Buffered == 0 && len(backendConns(t, on)[id][0].texts) == 1 }) {
+	if !eventually(15*time.Second, func() bool {
+		at := backendConns(t, on)[id]
+		return show().Buffered == 0 && len(at) == 1 && len(at[0].texts) == 1
+	}) {
 		t.Fatalf("what was acknowledged is still kept: %+v", show())
 	}
 
@@ -46,18 +49,19 @@ func TestMetricsOfResumes(t *testing.T) {
 	for n := range 3 {
 		c.send(t, ws.OpText, "lost "+strconv.Itoa(n))
 	}
-	if !eventually(5*time.Second, func() bool { return p.connections(t)[0].MessagesIn == 4 }) {
+	if !eventually(15*time.Second, func() bool { return p.connections(t)[0].MessagesIn == 4 }) {
 		t.Fatalf("got %+v", p.connections(t))
 	}
 	if got := show(); got.Buffered < 3*int64(len("lost 0")) || got.Resumes != 0 {
 		t.Errorf("with messages unacknowledged: got %+v, want bytes buffered", got)
 	}
+	lost := time.Now()
 	kill(t, other, on)
 	p.waitState(t, id, "held", "")
 	held := show().Buffered
 	c.send(t, ws.OpText, "held 0")
 	c.send(t, ws.OpText, "held 1")
-	if !eventually(5*time.Second, func() bool { return show().Buffered >= held+2*int64(len("held 0")) }) {
+	if !eventually(15*time.Second, func() bool { return show().Buffered >= held+2*int64(len("held 0")) }) {
 		t.Errorf("while held: got %+v, want more than %d bytes buffered", show(), held)
 	}
 	var list struct{ Connections []resumption }
@@ -88,11 +92,11 @@ func TestMetricsOfResumes(t *testing.T) {
 		`caddy_connections_replayed_messages_total{route="app"}`:        "3",
 		`caddy_connections_held_seconds_count{route="app"}`:             "1",
 	})
-	if sum := p.value(t, `caddy_connections_held_seconds_sum{route="app"}`); sum < 0.3 || sum > 10 {
+	if sum := p.value(t, `caddy_connections_held_seconds_sum{route="app"}`); sum < 0.3 || sum > time.Since(lost).Seconds() {
 		t.Errorf("held_seconds_sum: got %v, want the time it was held", sum)
 	}
 	// One round trip later all is acknowledged, and the memory given back.
-	if !eventually(5*time.Second, func() bool { return show().Buffered == 0 && p.value(t, "caddy_connections_replay_bytes") == 0 }) {
+	if !eventually(15*time.Second, func() bool { return show().Buffered == 0 && p.value(t, "caddy_connections_replay_bytes") == 0 }) {
 		t.Errorf("resumed: got %+v, replay_bytes %v, want nothing kept", show(), p.value(t, "caddy_connections_replay_bytes"))
 	}
 	if got := backendConns(t, on)[id]; len(got) != 2 || strings.Join(got[1].texts, ",") != "lost 0,lost 1,lost 2,held 0,held 1" {
@@ -138,7 +142,7 @@ func TestMetricsOfResumes(t *testing.T) {
 		t.Errorf("promlint: got %v, %v", problems, err)
 	}
 	p.reload(t, p.siteConfig(globals, site("other", "")))
-	if !eventually(5*time.Second, func() bool { return !strings.Contains(p.scrape(t), `route="app"`) }) {
+	if !eventually(15*time.Second, func() bool { return !strings.Contains(p.scrape(t), `route="app"`) }) {
 		t.Errorf("series of a route that is gone are still there: %q", grep(p.scrape(t), "caddy_connections_"))
 	}
 }

@@ -98,14 +98,18 @@ func startSenders(t testing.TB, site string, doubt bool) *senders {
 	t.Helper()
 	s := &senders{proxy: startCaddy(t, "", site), doubt: doubt}
 	secure, client := s.proxy.secure(t, site)
-	ctx, cancel := context.WithTimeout(t.Context(), long(60*time.Second, 120*time.Second))
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
 	for i := range senderCount {
 		url := "ws://" + s.proxy.addr
 		if i%4 == 3 {
 			url = "wss://" + secure
 		}
-		c := &sender{id: i, pauses: doubt && (i%8 == 0 || i%8 == 3), quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{})}
+		pauses := doubt && (i%8 == 0 || i%8 == 3)
+		if pauses {
+			url += pausing
+		}
+		c := &sender{id: i, pauses: pauses, quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{})}
 		conn, _, err := websocket.Dial(ctx, url, &websocket.DialOptions{
 			HTTPClient:     client,
 			OnPingReceived: func(context.Context, []byte) bool { return !c.closing.Load() },
@@ -142,19 +146,15 @@ func (p *proxy) secure(t testing.TB, site string) (addr string, client *http.Cli
 	return addr, &http.Client{Transport: &http.Transport{TLSClientConfig: conf}}
 }
 
-// calm is longer than it takes until what was sent is acknowledged.
-const calm = 2 * time.Second
-
 // outage loses backends while the clients send, and starts them again, with another
 // close code, some time later. It returns when all clients have one.
 func (s *senders) outage(t testing.TB, lose func(testing.TB, ...*backendProcess), away time.Duration, backends ...*backendProcess) {
 	t.Helper()
-	between := 700 * time.Millisecond
-	if s.doubt {
-		between = calm
-	}
 	s.pause(true)
-	pass(long(between, 3*time.Second))
+	pass(long(700*time.Millisecond, 3*time.Second))
+	if s.doubt {
+		s.calm(t)
+	}
 	lose(t, backends...)
 	if s.doubt && !eventually(10*time.Second, func() bool {
 		on := s.proxy.stats(t).ByUpstream
@@ -191,11 +191,44 @@ func (s *senders) pause(now bool) {
 	}
 }
 
+// pausing is the path of those that pause.
+const pausing = "/pausing"
+
+// calm waits until all that those who pause have sent is acknowledged.
+func (s *senders) calm(t testing.TB) {
+	t.Helper()
+	type paused struct {
+		URI      string
+		Messages int64 `json:"messages_in"`
+		Buffered int64 `json:"buffered_bytes"`
+	}
+	var sent, came, kept int64
+	if !eventually(20*time.Second, func() bool {
+		var list struct{ Connections []paused }
+		s.proxy.call(t, http.MethodGet, "/connections?limit=1000", &list)
+		sent, came, kept = 0, 0, 0
+		for _, c := range s.all {
+			if c.pauses {
+				sent += c.sent.Load()
+			}
+		}
+		for _, c := range list.Connections {
+			if c.URI == pausing {
+				came += c.Messages
+				kept += c.Buffered
+			}
+		}
+		return came == sent && kept == 0
+	}) {
+		t.Errorf("clients that pause: got %d of their %d messages, %d bytes of which are not acknowledged", came, sent, kept)
+	}
+}
+
 // settled waits until all connections that are left have a state.
 func (s *senders) settled(t testing.TB, state string) {
 	t.Helper()
 	var now stats
-	if !eventually(15*time.Second, func() bool {
+	if !eventually(20*time.Second, func() bool {
 		now = s.proxy.stats(t)
 		return now.Total > 0 && now.ByState[state] == now.Total
 	}) {
@@ -207,7 +240,7 @@ func (s *senders) settled(t testing.TB, state string) {
 func (s *senders) finish(t testing.TB) {
 	t.Helper()
 	pass(300 * time.Millisecond)
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	var all sync.WaitGroup
 	for _, c := range s.all {

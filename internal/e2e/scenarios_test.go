@@ -84,7 +84,7 @@ func (s *stay) testSubprotocol(t *testing.T) {
 				}
 				// The client may have its 101 a moment before the connection counts as open.
 				var c connection
-				if !eventually(5*time.Second, func() bool { c = v.connection(); return c.State == "open" }) {
+				if !eventually(15*time.Second, func() bool { c = v.connection(); return c.State == "open" }) {
 					t.Fatalf("connection: got %+v, want an open one", c)
 				}
 				if c.Subprotocol != test.pick {

@@ -36,6 +36,9 @@ func TestStarvedCaddy(t *testing.T) {
 				_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 				stay = append(stay, c)
 			}
+			if !eventually(20*time.Second, func() bool { return p.stats(t).ByState["open"] == residents }) {
+				t.Fatalf("states: got %v, want %d open", p.stats(t).ByState, residents)
+			}
 			var all sync.WaitGroup
 			for worker := range workers {
 				random := rand.New(rand.NewPCG(62, uint64(worker)))

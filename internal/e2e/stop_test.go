@@ -1,11 +1,11 @@
 package e2e
 
 import (
+	"fmt"
 	"io"
 	"net/http"
-	"os/exec"
-	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,67 +18,22 @@ import (
 func TestStopTellsClients(t *testing.T) {
 	const quiet, late, deaf = 400, 50, 50
 	const shutdownTimeout = 3 * time.Second
-	backend := rawBackend(t, func(r *http.Request, c *rawConn) {
-		if !strings.Contains(r.URL.RawQuery, "flood") {
-			echoRaw(r, c)
-			return
-		}
-		if c.accept(r) != nil {
-			return
-		}
-		chunk := ws.MustCompileFrame(ws.NewBinaryFrame(make([]byte, 60<<10)))
-		for {
-			if _, err := c.Write(chunk); err != nil {
-				return
-			}
-		}
-	})
-	p := startBinary(t, "connection_registry {\n shutdown_timeout 3s\n}", "websocket_proxy "+backend)
-
-	var readers []*rawConn
-	for range quiet {
-		readers = append(readers, rawDial(t, p.addr, ""))
-	}
-	flood := strings.Replace(rawUpgrade(p.addr, ""), "x=1", "flood", 1)
-	for i := range late + deaf {
-		res, c := rawRequest(t, p.addr, flood)
-		if res.StatusCode != http.StatusSwitchingProtocols {
-			t.Fatalf("status %d", res.StatusCode)
-		}
-		if i < late {
-			readers = append(readers, c)
-		}
-	}
+	p := startBinary(t, fmt.Sprintf("%sconnection_registry {\n shutdown_timeout %v\n}", logsNotices, shutdownTimeout),
+		fmt.Sprintf("websocket_proxy %s\nwebsocket_proxy /flood %s {\n name flooded\n}", rawBackend(t, echoRaw), rawBackend(t, floodRaw)))
+	readers := append(p.openAt(t, quiet, "/quiet"), p.openAt(t, late, "/flood")...)
+	p.openAt(t, deaf, "/flood")
 	p.waitCount(t, quiet+late+deaf)
-	waitStalled(t, &p.proxy, late+deaf)
-
-	began := time.Now()
-	path, _ := binary()
-	stop := exec.Command(path, "stop", "--address", p.admin)
-	if err := stop.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if !eventually(5*time.Second, func() bool { return refusesUpgrades(p.addr) }) {
-		t.Error("new upgrades are not refused with 503 while Caddy stops")
-	}
-	var wg sync.WaitGroup
-	for _, c := range readers {
-		wg.Go(func() { expectRestart(t, c) })
-	}
-	select {
-	case <-p.exited:
-	case <-time.After(shutdownTimeout + 10*time.Second):
-		t.Fatal("Caddy does not end")
-	}
-	if took := time.Since(began); took > shutdownTimeout+time.Second {
-		t.Errorf("the stop took %v, want at most %v", took, shutdownTimeout+time.Second)
-	}
-	wg.Wait()
-	if err := stop.Wait(); err != nil {
-		t.Errorf("caddy stop: %v", err)
-	}
-	if code := p.cmd.ProcessState.ExitCode(); code != 0 {
-		t.Errorf("exit code: got %d", code)
+	p.stalls(t, "flooded", late+deaf)
+	report := p.stop(t, func() {
+		var all sync.WaitGroup
+		for _, c := range readers {
+			all.Go(func() { expectRestart(t, c) })
+		}
+		all.Wait()
+	})
+	report.wantOver(t, shutdownTimeout)
+	if report.Cut < deaf { // their closing handshakes might take longer
+		t.Errorf("got %d cut, want at least the %d that do not read", report.Cut, deaf)
 	}
 }
 
@@ -91,8 +46,8 @@ func TestStopAfterLastRouteIsGone(t *testing.T) {
 	if got := p.stats(t).Total; got != 1 {
 		t.Fatalf("connections: got %d, want the orphan", got)
 	}
-	if status := p.call(t, http.MethodPost, "/stop", nil); status != http.StatusOK {
-		t.Errorf("stop: status %d", status)
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
 	}
 	expectRestart(t, c)
 	<-p.exited
@@ -142,27 +97,5 @@ func expectRestart(t *testing.T, c *rawConn) {
 		}
 		c.sendClose(t, 1012, "")
 		return
-	}
-}
-
-// waitStalled waits until n connections have been sent something, and nothing
-// more goes out to any: the clients' and the proxy's buffers are full.
-func waitStalled(t *testing.T, p *proxy, n int) {
-	t.Helper()
-	var last uint64
-	if !eventually(30*time.Second, func() bool {
-		flooded, sum := 0, uint64(0)
-		for _, c := range p.connections(t) {
-			if c.BytesOut > 0 {
-				flooded++
-			}
-			sum += c.BytesOut
-		}
-		still := flooded == n && sum == last
-		last = sum
-		time.Sleep(200 * time.Millisecond)
-		return still
-	}) {
-		t.Fatal("the flood does not stall")
 	}
 }

@@ -58,7 +58,7 @@ func startTalker(t testing.TB, p *proxy, id int, target string) *talker {
 // dialTalker connects a client that does not talk before it is started.
 func dialTalker(t testing.TB, p *proxy, id int, target string) *talker {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), long(60*time.Second, 150*time.Second))
+	ctx, cancel := context.WithTimeout(t.Context(), 150*time.Second)
 	t.Cleanup(cancel)
 	conn, _, err := websocket.Dial(ctx, "ws://"+p.addr+target, nil)
 	if err != nil {

@@ -319,8 +319,7 @@ func (c *routeCommon) Ended(v registry.View) {
 	c.logger.Info("connection ended", fields...)
 }
 
-// whenLeft returns what is called when something has changed for the worse about c's
-// upstreams.
+// whenLeft returns what is called when c's upstreams have changed for the worse.
 func whenLeft(c routeConfig) func(*registry.Route) {
 	return func(route *registry.Route) {
 		if route.Settings.Load() == any(c) { // else it does not matter any more
@@ -375,9 +374,7 @@ func (r liveRoute) config() *webSocketConfig { return r.route.Settings.Load().(*
 func (r liveRoute) Settings() *session.Settings { return &r.config().settings }
 
 // Leaves implements opening.Pool.
-func (r liveRoute) Leaves(upstream string) bool {
-	return r.config().leaves(r.route, upstream)
-}
+func (r liveRoute) Leaves(upstream string) bool { return r.config().leaves(r.route, upstream) }
 
 // Others implements opening.Pool.
 func (r liveRoute) Others(upstream string) bool { return r.config().pool.Others(r.route, upstream) }
@@ -397,8 +394,7 @@ func (r liveRoute) Redial(q *handshake.Request, addresses map[string]pool.Addres
 	if err != nil {
 		req = new(http.Request) // it was made of a request, so this does not happen
 	}
-	req = selection.Prepare(req, q.ClientIP(), q.Trusted())
-	client := clientOf(req)
+	client := clientOf(selection.Prepare(req, q.ClientIP(), q.Trusted()))
 	client.Addresses = addresses
 	return r.config().opening(r.route, client, why, last)
 }

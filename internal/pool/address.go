@@ -40,8 +40,8 @@ var placeholder = regexp.MustCompile(`\{[^{}]+\}`)
 
 var errPath = errors.New("only scheme, host and port are allowed; use the rewrite or uri directive to change the path")
 
-// ParseAddress reads an upstream's address: `host:port`, `unix//path` or a URL of
-// scheme ws, wss, http or https. There is no path in it: the client's goes to the
+// ParseAddress reads an upstream's address: `host:port`, `:port` of this machine,
+// `unix//path` or a URL of scheme ws, wss, http or https. There is no path in it: the client's goes to the
 // backend, and rewrite and uri change it. Placeholders are resolved by Expand.
 func ParseAddress(name string) (Address, error) {
 	a := Address{Name: name}
@@ -78,14 +78,23 @@ func ParseAddress(name string) (Address, error) {
 		}
 		rest = u.Host
 	}
-	if err := a.parse(rest); err != nil {
+	if err := a.parse(hosted(rest, name)); err != nil {
 		return fail(err)
 	}
 	return a, nil
 }
 
+// hosted adds the host to an address that is only a port. A placeholder without a
+// value does not make one: it must not lead to this machine.
+func hosted(rest, name string) string {
+	if len(name) > 1 && name[0] == ':' {
+		return "localhost" + rest
+	}
+	return rest
+}
+
 // ParsePlainAddress reads the address of an upstream that gets bytes as they come:
-// `host:port` or `unix//path`. Placeholders are resolved by Expand.
+// `host:port`, `:port` or `unix//path`. Placeholders are resolved by Expand.
 func ParsePlainAddress(name string) (Address, error) {
 	fail := func(err error) (Address, error) { return Address{}, fmt.Errorf("upstream %q: %w", name, err) }
 	if scheme, _, ok := strings.Cut(name, "://"); ok && !strings.ContainsAny(scheme, "{/") {
@@ -96,7 +105,7 @@ func ParsePlainAddress(name string) (Address, error) {
 		return Address{}, err
 	}
 	if a.plain = true; !a.varies {
-		if err := a.parse(name); err != nil {
+		if err := a.parse(hosted(name, name)); err != nil {
 			return fail(err)
 		}
 	}

@@ -5,6 +5,10 @@ package session
 
 import "time"
 
+// unprovenPatience is how long the end waits for the first pong ever of an upstream. Most
+// that answer pings have done so long before.
+const unprovenPatience = 250 * time.Millisecond
+
 // deliver waits, when the client has said its last word, until a backend has got
 // all of its messages and, where that matters, has read them, or there is nothing to
 // deliver, or the session ends. The end must not come sooner: after it there is
@@ -26,6 +30,7 @@ func (s *Session) deliver() {
 		if mark := s.queue.Mark(); !over && s.owes() && asked != mark {
 			s.askNow(s.backend())
 			asked = mark // if that fails, the clock asks again
+			s.lookSoon(unprovenPatience)
 		}
 		s.mu.Unlock()
 		if over {
@@ -43,12 +48,11 @@ func (s *Session) owes() bool {
 }
 
 // tells reports whether a live backend can be expected to show what it has read, by
-// a pong that somebody would read. One that has never answered a ping has a second to
-// begin with it. Session.mu is held.
+// a pong that somebody would read. Session.mu is held.
 func (s *Session) tells(b *leg, since time.Duration) bool {
 	now := s.now()
 	return s.route.Settings().PingInterval > 0 && s.calm(b, now) &&
-		(b.upstream.Answers.Load() || !b.upstream.Warned.Load() && now-since < answerTimeout)
+		(b.upstream.Answers.Load() || !b.upstream.Warned.Load() && now-since < unprovenPatience)
 }
 
 // askNow asks a backend what it has read, once for what it has. Session.mu is held.

@@ -89,7 +89,7 @@ func TestTheLastWordFollowsWhatWasRead(t *testing.T) {
 		{name: "is busy", with: setup{answers: true, backend: manners{stalled: true}}, busy: 5 * time.Second, at: 5 * time.Second, by: 6 * time.Second, backend: "1000 bye"},
 		{name: "is busy, and the client leaves", with: setup{answers: true, backend: manners{stalled: true}}, leaves: true, busy: 5 * time.Second, at: 5 * time.Second, by: 6 * time.Second, backend: "1000 bye"},
 		{name: "reads, and the client does not", with: setup{answers: true, backend: manners{mute: true}, client: manners{stalled: true}}, flood: 1 << 20, by: 2 * time.Second, backend: "1000 bye"},
-		{name: "answers no pings", with: setup{backend: manners{mute: true}}, by: 3 * time.Second, backend: "1000 bye"},
+		{name: "answers no pings", with: setup{backend: manners{mute: true}}, by: 400 * time.Millisecond, backend: "1000 bye"},
 	} {
 		for _, mode := range []replay.Mode{replay.Unacked, replay.Strict} {
 			t.Run(test.name+", "+mode.String(), func(t *testing.T) {

@@ -105,11 +105,7 @@ func startSenders(t testing.TB, site string, doubt bool) *senders {
 		if i%4 == 3 {
 			url = "wss://" + secure
 		}
-		pauses := doubt && (i%8 == 0 || i%8 == 3)
-		if pauses {
-			url += pausing
-		}
-		c := &sender{id: i, pauses: pauses, quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{})}
+		c := &sender{id: i, pauses: doubt && (i%8 == 0 || i%8 == 3), quit: make(chan struct{}), sending: make(chan struct{}), over: make(chan struct{})}
 		conn, _, err := websocket.Dial(ctx, url, &websocket.DialOptions{
 			HTTPClient:     client,
 			OnPingReceived: func(context.Context, []byte) bool { return !c.closing.Load() },
@@ -184,44 +180,33 @@ func (s *senders) outage(t testing.TB, lose func(testing.TB, ...*backendProcess)
 // pass lets time pass in which nothing can be waited for.
 func pass(d time.Duration) { <-time.After(d) }
 
-// pause has those that pause begin or end that.
+// pause has those that pause begin or end that. They send nothing after it returns.
 func (s *senders) pause(now bool) {
 	for _, c := range s.all {
-		c.paused.Store(now && c.pauses)
+		c.turn.Lock()
+		c.paused = now && c.pauses
+		c.turn.Unlock()
 	}
 }
 
-// pausing is the path of those that pause.
-const pausing = "/pausing"
-
-// calm waits until all that those who pause have sent is acknowledged.
+// calm waits until all that those who pause have sent is acknowledged: by the pong to a
+// ping behind it.
 func (s *senders) calm(t testing.TB) {
 	t.Helper()
-	type paused struct {
-		URI      string
-		Messages int64 `json:"messages_in"`
-		Buffered int64 `json:"buffered_bytes"`
-	}
-	var sent, came, kept int64
-	if !eventually(20*time.Second, func() bool {
-		var list struct{ Connections []paused }
-		s.proxy.call(t, http.MethodGet, "/connections?limit=1000", &list)
-		sent, came, kept = 0, 0, 0
-		for _, c := range s.all {
-			if c.pauses {
-				sent += c.sent.Load()
-			}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	var all sync.WaitGroup
+	for _, c := range s.all {
+		if !c.pauses {
+			continue
 		}
-		for _, c := range list.Connections {
-			if c.URI == pausing {
-				came += c.Messages
-				kept += c.Buffered
+		all.Go(func() {
+			if err := c.conn.Ping(ctx); err != nil {
+				t.Errorf("client %d, which pauses: %v", c.id, err)
 			}
-		}
-		return came == sent && kept == 0
-	}) {
-		t.Errorf("clients that pause: got %d of their %d messages, %d bytes of which are not acknowledged", came, sent, kept)
+		})
 	}
+	all.Wait()
 }
 
 // settled waits until all connections that are left have a state.
@@ -274,7 +259,7 @@ func (s *senders) check(t testing.TB, p promise, causes []int, backends ...*back
 		case c.end != (ending{}):
 			ended++
 			if c.pauses {
-				faults = append(faults, fmt.Sprintf("client %d, nothing of which was in doubt, was closed", c.id))
+				faults = append(faults, fmt.Sprintf("client %d, nothing of which was in doubt, was closed: %+v", c.id, c.end))
 			}
 		case len(d.conns) < 2:
 			faults = append(faults, fmt.Sprintf("client %d: got %d connections to backends, want more than one", c.id, len(d.conns)))
@@ -309,7 +294,8 @@ type sender struct {
 	id      int
 	conn    *websocket.Conn
 	pauses  bool
-	paused  atomic.Bool
+	turn    sync.Mutex    // while a message is sent
+	paused  bool          // guarded by turn
 	sent    atomic.Int64  // messages whose write went well
 	held    [][2]int      // see delivery; only the test's goroutine touches it
 	closing atomic.Bool   // pings stay unanswered: after a close frame, a pong fails reading
@@ -332,14 +318,24 @@ func (c *sender) send(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if c.paused.Load() {
-			continue
-		}
-		if c.conn.Write(ctx, websocket.MessageText, []byte(numbered(c.id, int(c.sent.Load())))) != nil {
+		if !c.sendNext(ctx) {
 			return
 		}
-		c.sent.Add(1)
 	}
+}
+
+// sendNext sends a message, unless it pauses, and returns false if that fails.
+func (c *sender) sendNext(ctx context.Context) bool {
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	if c.paused {
+		return true
+	}
+	if c.conn.Write(ctx, websocket.MessageText, []byte(numbered(c.id, int(c.sent.Load())))) != nil {
+		return false
+	}
+	c.sent.Add(1)
+	return true
 }
 
 // read owns reading, which answers pings. It ends with the connection or ctx.

@@ -78,14 +78,35 @@ func (r *Registry) MovePaced(route *Route, leaves func(upstream string) bool, wi
 	return len(leaving)
 }
 
-// closeBy plans the connection's end, unless an earlier one is planned. Another upstream
-// does not put it off.
+// closeBy plans the connection's end. Of two plans the sooner time holds, and its reason;
+// but what an admin has asked for stays that: no reload lifts it. Another upstream does not
+// put it off.
 func (c *Conn) closeBy(at time.Time, e Ending) {
 	c.reg.mu.Lock()
-	if c.closeAt.IsZero() || at.Before(c.closeAt) {
-		c.planEnd(at, e, false)
+	if planned, why := c.closeAt, c.closeWhy; !planned.IsZero() {
+		keep := !at.Before(planned)
+		if byAdmin := why.Reason == Admin; byAdmin != (e.Reason == Admin) {
+			keep = byAdmin
+		}
+		if keep {
+			e = why
+		}
+		if planned.Before(at) {
+			at = planned
+		}
 	}
-	c.closeAtUp = false
+	c.planEnd(at, e, false)
+	owner := c.owner
+	c.reg.mu.Unlock()
+	owner.Reconsider()
+}
+
+// liftEnd lifts a planned end, unless it has become another one.
+func (c *Conn) liftEnd(planned Ending) {
+	c.reg.mu.Lock()
+	if c.closeWhy == planned {
+		c.planEnd(time.Time{}, Ending{}, false)
+	}
 	owner := c.owner
 	c.reg.mu.Unlock()
 	owner.Reconsider()
@@ -128,7 +149,7 @@ func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason,
 		case reason != "" && at.IsZero():
 			leaving = append(leaving, seat{c, up, Ending{Reason: reason}})
 		case reason == "" && !at.IsZero() && planned.Reason == Unhealthy:
-			c.CloseAt(time.Time{}, Ending{})
+			c.liftEnd(planned)
 		}
 	}
 	paced(leaving, now, window, func(s seat, at time.Time) { s.c.leaveAt(s.upstream, at, s.why) })
@@ -139,8 +160,8 @@ func (r *Registry) EndLeaving(route *Route, leaves func(upstream string) Reason,
 // that may stay at their upstream.
 func (r *Registry) KeepAll(route *Route, stays func(upstream string) bool) {
 	for _, c := range r.live(&route.byAge) {
-		if at, e := c.PlannedEnd(); !at.IsZero() && e.Reason != Admin && stays(c.Upstream()) {
-			c.CloseAt(time.Time{}, Ending{})
+		if at, planned := c.PlannedEnd(); !at.IsZero() && planned.Reason != Admin && stays(c.Upstream()) {
+			c.liftEnd(planned)
 		}
 	}
 }

@@ -4,16 +4,16 @@
 package registry
 
 import (
+	"container/list"
 	"context"
-	"slices"
 )
 
 // redials is an upstream's queue of connections that want to dial it again.
 // Registry.mu guards it.
 type redials struct {
-	now     int             // dials under way
-	limit   int             // as the last caller had it
-	waiting []chan struct{} // first come, first served; closed when it is their turn
+	now     int       // dials under way
+	limit   int       // as the last caller had it
+	waiting list.List // of channels, closed when it is their turn: first come, first served
 }
 
 // Redial waits until fewer than limit connections dial the upstream at once. The
@@ -41,7 +41,7 @@ func (t *Route) takeTurn(ctx context.Context, r *redials, limit int) error {
 	turn := make(chan struct{})
 	t.reg.mu.Lock()
 	r.limit = limit
-	r.waiting = append(r.waiting, turn)
+	place := r.waiting.PushBack(turn)
 	r.next()
 	t.reg.mu.Unlock()
 	select {
@@ -51,11 +51,12 @@ func (t *Route) takeTurn(ctx context.Context, r *redials, limit int) error {
 	}
 	t.reg.mu.Lock()
 	defer t.reg.mu.Unlock()
-	if i := slices.Index(r.waiting, turn); i >= 0 {
-		r.waiting = slices.Delete(r.waiting, i, i+1)
-	} else { // its turn came at the same time
+	select {
+	case <-turn: // it came at the same time
 		r.now--
 		r.next()
+	default:
+		r.waiting.Remove(place)
 	}
 	return ctx.Err()
 }
@@ -69,10 +70,8 @@ func (t *Route) endTurn(r *redials) {
 
 // next lets those go on whose turn it is. Registry.mu is held.
 func (r *redials) next() {
-	for r.now < r.limit && len(r.waiting) > 0 {
-		close(r.waiting[0])
-		r.waiting[0] = nil
-		r.waiting = r.waiting[1:]
+	for r.now < r.limit && r.waiting.Len() > 0 {
+		close(r.waiting.Remove(r.waiting.Front()).(chan struct{}))
 		r.now++
 	}
 }

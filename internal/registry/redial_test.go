@@ -58,8 +58,8 @@ func queue(t *testing.T) (*Route, *Upstream) {
 // idle checks that nobody dials and nobody waits.
 func idle(t *testing.T, u *Upstream) {
 	t.Helper()
-	if u.redials.now != 0 || len(u.redials.waiting) != 0 {
-		t.Errorf("got %d dials under way and %d waiting after all have ended, want none", u.redials.now, len(u.redials.waiting))
+	if u.redials.now != 0 || u.redials.waiting.Len() != 0 {
+		t.Errorf("got %d dials under way and %d waiting after all have ended, want none", u.redials.now, u.redials.waiting.Len())
 	}
 }
 
@@ -153,7 +153,7 @@ func TestRedialTurnThatComesTooLate(t *testing.T) {
 		third := redial(t, route, u, 1)
 		for waiting := 0; waiting < 2; {
 			route.reg.mu.Lock()
-			waiting = len(u.redials.waiting)
+			waiting = u.redials.waiting.Len()
 			route.reg.mu.Unlock()
 		}
 		var both sync.WaitGroup

@@ -69,3 +69,43 @@ func TestTheSoonerPlanHolds(t *testing.T) {
 		}
 	})
 }
+
+// What an admin has asked for holds, whatever else is planned: a reload that lifts that
+// does not lift this.
+func TestAnAdminsEndIsNotLiftedWithOthers(t *testing.T) {
+	code := Ending{Reason: Admin, Code: 4000}
+	for _, test := range []struct {
+		name string
+		plan func(r *Registry, a *Route)
+	}{
+		{"before another", func(r *Registry, a *Route) {
+			r.EndSelected(Filter{Route: "a"}, time.Minute, code)
+			r.EndPaced(a, time.Second, Ending{Reason: Orphan})
+		}},
+		{"after another", func(r *Registry, a *Route) {
+			r.EndPaced(a, time.Second, Ending{Reason: Orphan})
+			r.EndSelected(Filter{Route: "a"}, time.Minute, code)
+		}},
+		{"while another is lifted", func(r *Registry, a *Route) {
+			r.EndPaced(a, time.Minute, Ending{Reason: Orphan})
+			r.KeepAll(a, func(string) bool {
+				r.EndSelected(Filter{Route: "a"}, time.Second, code)
+				return true
+			})
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := New()
+				a := r.Retain(WebSocket, "a")
+				o := new(owner)
+				c := opened(t, r, a, o, "app:80")
+				test.plan(r, a)
+				r.KeepAll(a, func(string) bool { return true }) // as a reload does
+				if at, e := c.PlannedEnd(); e != code || time.Until(at) != time.Second {
+					t.Errorf("got %+v planned in %s, want %+v in %s", e, time.Until(at), code, time.Second)
+				}
+			})
+		})
+	}
+}

@@ -31,9 +31,9 @@ const (
 
 // Upstream is a backend.
 type Upstream struct {
-	// The address: `host:port` or `unix//path`; of a WebSocket backend also `host`
-	// (port 80, or 443 for wss and https), or a URL of the scheme `ws`, `wss`, `http`
-	// or `https` without a path. There may be placeholders in it.
+	// The address: `host:port`, `:port` of this machine, or `unix//path`; of a WebSocket
+	// backend also `host` (port 80, or 443 for wss and https), or a URL of the scheme
+	// `ws`, `wss`, `http` or `https` without a path. There may be placeholders in it.
 	Dial string `json:"dial,omitempty"`
 }
 

@@ -9,7 +9,6 @@ import (
 	"io"
 	"math"
 	"net/http"
-	"slices"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
@@ -122,7 +121,7 @@ func (q *Request) upgrade(answer *Response, br *bufio.Reader, key string) error 
 		return errAccept
 	}
 	if chosen := res.Header["Sec-Websocket-Protocol"]; len(chosen) > 0 {
-		if len(chosen) > 1 || !slices.Contains(q.subprotocols, chosen[0]) {
+		if len(chosen) > 1 || !q.offers(chosen[0]) {
 			return fmt.Errorf("backend chose a subprotocol that was not offered: %q", chosen)
 		}
 		answer.Subprotocol = chosen[0]

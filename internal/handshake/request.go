@@ -27,7 +27,7 @@ const IDHeader = "Holdfast-Connection"
 // http.Request that it was made from.
 type Request struct {
 	head         []byte
-	subprotocols []string
+	subprotocols string // as the client lists them: split, they could take many times the room
 	offer        deflate.Negotiation
 	resume       string
 	late         *headers.HeaderOps // header_up, where it waits for the dial
@@ -121,7 +121,7 @@ func (q *Request) setHead(line, host string, h http.Header) error {
 	var b bytes.Buffer
 	b.WriteString(line + "Host: " + host + "\r\n")
 	writeHeader(&b, h)
-	q.head, q.subprotocols = bytes.Clone(b.Bytes()), tokens(h["Sec-Websocket-Protocol"])
+	q.head, q.subprotocols = bytes.Clone(b.Bytes()), strings.Join(h["Sec-Websocket-Protocol"], ",")
 	return nil
 }
 
@@ -287,15 +287,12 @@ func writeHeader(b *bytes.Buffer, h http.Header) {
 	}
 }
 
-// tokens splits comma-separated header values.
-func tokens(values []string) []string {
-	var out []string
-	for _, v := range values {
-		for t := range strings.SplitSeq(v, ",") {
-			if t = textproto.TrimString(t); t != "" {
-				out = append(out, t)
-			}
+// offers reports whether a subprotocol is among those that the client offers.
+func (q *Request) offers(name string) bool {
+	for offered := range strings.SplitSeq(q.subprotocols, ",") {
+		if offered = textproto.TrimString(offered); offered == name && name != "" {
+			return true
 		}
 	}
-	return out
+	return false
 }

@@ -41,8 +41,9 @@ var placeholder = regexp.MustCompile(`\{[^{}]+\}`)
 var errPath = errors.New("only scheme, host and port are allowed; use the rewrite or uri directive to change the path")
 
 // ParseAddress reads an upstream's address: `host:port`, `:port` of this machine,
-// `unix//path` or a URL of scheme ws, wss, http or https. There is no path in it: the client's goes to the
-// backend, and rewrite and uri change it. Placeholders are resolved by Expand.
+// `unix//path` or a URL of scheme ws, wss, http or https. There is no path in it: the
+// client's goes to the backend, and rewrite and uri change it. Placeholders are resolved
+// by Expand.
 func ParseAddress(name string) (Address, error) {
 	a := Address{Name: name}
 	fail := func(err error) (Address, error) { return Address{}, fmt.Errorf("upstream %q: %w", name, err) }

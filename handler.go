@@ -254,6 +254,7 @@ func (h *WebSocketProxy) open(o *opening.Opening, route *registry.Route, w http.
 	q, err := handshake.NewRequest(r, handshake.Client{ID: o.ID(), IP: ip, Trusted: trusted},
 		deflate.Negotiate(r.Header["Sec-Websocket-Extensions"], h.mode), h.Headers)
 	if err != nil {
+		route.Refused("handshake")
 		return nil, caddyhttp.Error(http.StatusBadRequest, err)
 	}
 	answer, err := o.Reach(h.config.opening(route, client, pool.Opening, ""), q)

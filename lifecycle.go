@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -391,8 +392,8 @@ func (r liveRoute) Unanswering(up *registry.Upstream) {
 // Redial implements opening.Pool.
 func (r liveRoute) Redial(q *handshake.Request, addresses map[string]pool.Address, why pool.Why, last string) opening.Config {
 	req, err := q.HTTP()
-	if err != nil {
-		req = new(http.Request) // it was made of a request, so this does not happen
+	if err != nil { // it was made of a request, so this does not happen
+		req = &http.Request{Method: http.MethodGet, URL: new(url.URL), Header: make(http.Header)}
 	}
 	client := clientOf(selection.Prepare(req, q.ClientIP(), q.Trusted()))
 	client.Addresses = addresses

@@ -25,7 +25,7 @@ import (
 // is no upgrade at all goes to the next handler.
 func TestClientRefused(t *testing.T) {
 	backend := newCountedBackend(t, echoRaw)
-	p := startCaddy(t, "", "route {\n websocket_proxy "+backend.addr+"\n respond next\n}\nhandle_errors {\n respond \"custom {err.status_code}\"\n}")
+	p := startCaddy(t, "", "route {\n websocket_proxy "+backend.addr+" {\n name refusing\n}\n respond next\n}\nhandle_errors {\n respond \"custom {err.status_code}\"\n}")
 	upgrade := func(line string, header ...string) string {
 		return line + "\r\nHost: " + p.addr + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" + strings.Join(header, "\r\n") + "\r\n\r\n"
 	}
@@ -54,17 +54,20 @@ func TestClientRefused(t *testing.T) {
 		{"declared body", upgrade(get, v13, key, length) + "hello", 400, "", ""},
 		{"chunked body", upgrade(get, v13, key, chunked) + "5\r\nhello\r\n0\r\n\r\n", 400, "", ""},
 		{"body before version", upgrade(get, v8, key, length) + "hello", 400, "", ""},
+		{"target that is no path", upgrade("GET x:chat HTTP/1.1", v13, key), 400, "", ""},
 		{"ordinary GET", "GET / HTTP/1.1\r\nHost: " + p.addr + "\r\n\r\n", 200, "", ""},
 		{"HTTP/1.0", upgrade("GET / HTTP/1.0", v13, key), 200, "", ""},
 		{"no Connection", "GET / HTTP/1.1\r\nHost: " + p.addr + "\r\nUpgrade: websocket\r\n" + key + "\r\n" + v13 + "\r\n\r\n", 200, "", ""},
 		{"another protocol", strings.Replace(upgrade(get, v13, key), "websocket", "h2c", 1), 200, "", ""},
 	}
+	refused := 0
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			res, _ := rawRequest(t, p.addr, tt.request)
 			want := "next"
 			if tt.status != http.StatusOK {
 				want = fmt.Sprint("custom ", tt.status)
+				refused++
 			}
 			if got := body(t, res); res.StatusCode != tt.status || got != want {
 				t.Errorf("got %d %q, want %d %q", res.StatusCode, got, tt.status, want)
@@ -77,6 +80,9 @@ func TestClientRefused(t *testing.T) {
 	}
 	if got := backend.dials.Load(); got != 0 {
 		t.Errorf("dials: got %d, want none", got)
+	}
+	if got := p.value(t, `caddy_connections_refused_total{kind="websocket",reason="handshake",route="refusing"}`); got != float64(refused) {
+		t.Errorf("refused_total: got %v, want %d", got, refused)
 	}
 	t.Run("unusual but right", func(t *testing.T) {
 		res, c := rawRequest(t, p.addr, "GET / HTTP/1.1\r\nHost: "+p.addr+"\r\nConnection: keep-alive, UPGRADE\r\nUpgrade: WebSocket\r\n"+key+"\r\n"+v13+"\r\n\r\n")

@@ -24,7 +24,7 @@ func TestNewProbe(t *testing.T) {
 }
 
 func TestNewProbeStaysInItsLines(t *testing.T) {
-	for _, c := range []struct{ target, host string }{{"/a b", "app"}, {"/\r\nX: 1", "app"}, {"/", "app\r\nX: 1"}, {"/", "a b"}} {
+	for _, c := range []struct{ target, host string }{{"/a b", "app"}, {"a", "app"}, {"/\r\nX: 1", "app"}, {"/", "app\r\nX: 1"}, {"/", "a b"}} {
 		if _, err := NewProbe(c.target, c.host, nil); err == nil {
 			t.Errorf("%q of %q: got no error", c.target, c.host)
 		}

@@ -104,10 +104,11 @@ func NewProbe(target, host string, h http.Header) (*Request, error) {
 	return q, nil
 }
 
-// compose makes the request's head. Neither target nor host may break out of its
-// line; fields that could are left out.
+// compose makes the request's head. The target must be a path (RFC 9112 §3.2.1), which
+// that of a client like `x:y` or a rewrite may not be, and no backend nor HTTP could
+// read. Neither target nor host may break out of its line; fields that could are left out.
 func (q *Request) compose(target, host string, h http.Header) error {
-	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+	if !strings.HasPrefix(target, "/") || strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return fmt.Errorf("invalid request target %q", target)
 	}
 	return q.setHead("GET "+target+" HTTP/1.1\r\n", host, h)

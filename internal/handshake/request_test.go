@@ -202,6 +202,35 @@ func TestRequestURI(t *testing.T) {
 	}
 }
 
+// Whatever a client or a rewrite makes of the target, what is accepted can be read again
+// for a re-dial, and the rest is refused.
+func TestRequestTargets(t *testing.T) {
+	targets := map[string]bool{"x:y": false, "x:/y": true, "x:?y": true, "*": false, "//": true, "/?%zz#": true, "/;:@": true}
+	rewrites := map[string]bool{"y": false, "1:2": false, "://y": false, "*": false, "": true, "/%zz": true, "//[": true, "/\xff": true}
+	check := func(r *http.Request, what string, want bool) {
+		t.Helper()
+		q, err := NewRequest(r, Client{ID: "id"}, deflate.Negotiation{}, nil)
+		if got := err == nil; got != want {
+			t.Errorf("%s: got %q accepted: %t (%v), want %t", what, r.URL.RequestURI(), got, err, want)
+		}
+		if err != nil {
+			return
+		}
+		again, err := q.HTTP()
+		if err != nil || again.RequestURI != r.URL.RequestURI() {
+			t.Errorf("%s: got %v, %v read again, want %q", what, again, err, r.URL.RequestURI())
+		}
+	}
+	for target, want := range targets {
+		check(received(t, "GET "+target+" HTTP/1.1"), "target "+target, want)
+	}
+	for path, want := range rewrites {
+		r := received(t, "GET / HTTP/1.1")
+		r.URL.Path = path
+		check(r, "path "+path, want)
+	}
+}
+
 // A handler before this one may have rewritten the request.
 func TestRewritesReachTheBackend(t *testing.T) {
 	r := received(t, "GET /old?x=1 HTTP/1.1")

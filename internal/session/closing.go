@@ -5,6 +5,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/frame"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/sock"
 )
 
 // The close codes that the session sends of its own (RFC 6455 §7.4.1 and the
@@ -157,9 +158,13 @@ func (s *Session) closeFrom(src, dst *leg, u *frame.Unit) {
 
 // say writes the close frame of a leg, its last frame.
 func (s *Session) say(l *leg, wire []byte) {
+	var before sock.Info
+	if l.side == backendSide {
+		before, _ = l.ask()
+	}
 	s.write(l, wire)
 	s.mu.Lock()
-	l.saidAt = s.now()
+	l.saidAt, l.early = s.now(), before.Finished
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	s.hangUp(l)

@@ -5,9 +5,11 @@ package session
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"time"
 
@@ -111,7 +113,7 @@ func (s *Session) part(l *leg, u *frame.Unit) bool {
 
 // proof reports whether the end of a backend's stream proves that it has read
 // everything: its kernel has acknowledged all bytes, the last of them our close
-// frame, and it has closed without a reset, which it would have sent for
+// frame, and it has closed after that, without the reset that it would have sent for
 // anything that its application left unread.
 func (s *Session) proof(l *leg, err error) bool {
 	s.mu.Lock()
@@ -122,7 +124,39 @@ func (s *Session) proof(l *leg, err error) bool {
 	info, known := l.ask()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == io.EOF && l.heard && l.saidAt != 0 && l.broken == 0 && known && info.Unacked == 0 && !info.Reset
+	return err == io.EOF && l.heard && l.saidAt != 0 && !l.early && l.broken == 0 && known && info.Unacked == 0 && !info.Reset
+}
+
+// streamEnd returns how the connection of a backend ends whose stream has ended. Over
+// TLS that was a close_notify; if the backend is left in good order, it is the FIN behind
+// it that shows whether anything was left unread. Some send that only when they have our
+// close_notify. They get it a moment later: one that has closed would answer with a reset.
+func (s *Session) streamEnd(l *leg) error {
+	t, ok := l.conn.(*tls.Conn)
+	s.mu.Lock()
+	wait := ok && l.parting != 0 && l.heard && !s.closing
+	if wait && l.endedAt == 0 {
+		l.endedAt = s.now()
+	}
+	answer := l.saidAt != 0 && s.now()-l.endedAt >= closingPeriod
+	s.mu.Unlock()
+	if !wait {
+		return io.EOF
+	}
+	below := t.NetConn()
+	if answer {
+		_ = t.CloseWrite()
+	} else {
+		_ = below.SetReadDeadline(time.Now().Add(closingPeriod))
+		if s.downWork.Load() {
+			return os.ErrDeadlineExceeded // its wake-up may be lost
+		}
+	}
+	_, err := io.Copy(io.Discard, below)
+	if err == nil {
+		err = io.EOF
+	}
+	return err
 }
 
 // settle finds out what the lost backend leaves to the next one. Only the uplink

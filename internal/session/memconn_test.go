@@ -145,6 +145,18 @@ func (c *memConn) SockInfo() (info sock.Info, ok bool) {
 // blind is a connection of which nothing is known, like a stream of HTTP/2.
 type blind struct{ Conn }
 
+// lateEnd is a connection whose reader is slow to find that it has ended, as if the
+// scheduler had let others go first.
+type lateEnd struct{ *memConn }
+
+func (c lateEnd) Read(p []byte) (int, error) {
+	n, err := c.memConn.Read(p)
+	if err == io.EOF {
+		time.Sleep(time.Millisecond)
+	}
+	return n, err
+}
+
 // CloseWrite sends a FIN after what was written.
 func (c *memConn) CloseWrite() error {
 	c.out.update(func() { c.out.fin = true })

@@ -4,6 +4,8 @@
 package session
 
 import (
+	"crypto/tls"
+	"io"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/replay"
+	"github.com/holdfast-proxy/caddy-holdfast/internal/testca"
 )
 
 func TestWhatAClosingBackendProves(t *testing.T) {
@@ -27,9 +30,11 @@ func TestWhatAClosingBackendProves(t *testing.T) {
 			r.backend.mu.Lock()
 			wire := r.backend.closeFrame(1012, "")
 			r.backend.mu.Unlock()
-			// Both lie in the buffer before the session looks.
-			_, _ = r.backend.conn.Write(wire)
-			_ = r.backend.conn.CloseWrite()
+			out := r.backend.conn.out
+			out.update(func() { // both at once: the session finds the FIN behind the frame
+				out.put(wire)
+				out.fin = true
+			})
 		}, false, 0},
 		{"close, then a reset", func(r *rig) {
 			r.backend.stall()
@@ -55,19 +60,20 @@ func TestWhatAClosingBackendProves(t *testing.T) {
 		{"reset", func(r *rig) { r.backend.crash() }, false, 0},
 	} {
 		for _, mode := range modes {
-			for name, blindfold := range map[string]bool{"TCP": false, "nothing known of the socket": true} {
+			for name, with := range map[string]setup{"TCP": {}, "TCP, its end read late": {lateEnd: true}, "nothing known of the socket": {blind: true}} {
 				t.Run(test.name+", "+mode.String()+", "+name, func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
-						r := start(t, setup{settings: resuming(mode), backend: manners{mute: true}, answers: true, others: []string{"b:80"}, blind: blindfold})
+						with.settings, with.backend, with.answers, with.others = resuming(mode), manners{mute: true}, true, []string{"b:80"}
+						r := start(t, with)
 						r.pass(10 * time.Second)
 						r.client.send(r.client.text("one"), r.client.text("two"))
 						r.client.send(r.client.frame(false, 0, ws.OpText, []byte("thr")))
 						synctest.Wait()
 						began := time.Now()
 						test.parts(r)
-						synctest.Wait()
+						r.pass(2 * time.Millisecond)
 						r.client.send(r.client.frame(true, 0, ws.OpContinuation, []byte("ee")))
-						proven := test.proven && !blindfold
+						proven := test.proven && !with.blind
 						if mode == replay.Strict && !proven {
 							r.wantEnd(10*time.Second, registry.InDoubt, "1012 delivery of a message is in doubt", r.backend.farewell(t))
 							return
@@ -94,6 +100,80 @@ func TestWhatAClosingBackendProves(t *testing.T) {
 					})
 				})
 			}
+		}
+	}
+}
+
+// Over TLS a backend ends its stream by a close_notify, and its connection after that: only
+// then does a reset tell that it has left something unread.
+func TestWhatAClosingBackendProvesOverTLS(t *testing.T) {
+	cert := testca.New(t).Issue(t, "backend", "localhost")
+	readsAll := func(far *tls.Conn) { _, _ = io.Copy(io.Discard, far) } // ends with our close_notify
+	for _, test := range []struct {
+		name   string
+		parts  func(r *rig, far *tls.Conn)
+		proven bool
+	}{
+		{"close_notify and, before it looks for an answer, FIN", func(r *rig, far *tls.Conn) {
+			go readsAll(far)
+			synctest.Wait()
+			_ = far.SetReadDeadline(past)
+			_ = far.CloseWrite()
+			r.pass(closingPeriod / 2)
+			r.backend.exit()
+		}, true},
+		{"close_notify, and FIN once it is answered", func(_ *rig, far *tls.Conn) {
+			go func() {
+				readsAll(far)
+				_ = far.Close()
+			}()
+			synctest.Wait()
+			_ = far.CloseWrite()
+		}, true},
+		{"close_notify, and a second later an exit with messages unread", func(r *rig, far *tls.Conn) {
+			_ = far.CloseWrite()
+			r.pass(time.Second)
+			r.backend.exit()
+		}, false},
+		{"close_notify, and never the end", func(_ *rig, far *tls.Conn) { _ = far.CloseWrite() }, false},
+	} {
+		for _, mode := range []replay.Mode{replay.Unacked, replay.Strict} {
+			t.Run(test.name+", "+mode.String(), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					r := start(t, setup{settings: resuming(mode), secure: true, backend: manners{stalled: true}, others: []string{"b:80"}})
+					far := tls.Server(netConn{r.backend.conn}, &tls.Config{Certificates: []tls.Certificate{cert}})
+					if err := far.Handshake(); err != nil {
+						t.Fatal(err)
+					}
+					r.client.send(r.client.text("one"), r.client.text("two"))
+					synctest.Wait()
+					if _, err := far.Write(r.backend.closeFrame(1012, "")); err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait() // our close frame is behind the messages
+					test.parts(r, far)
+					if mode == replay.Strict && !test.proven {
+						r.wait(10 * time.Second)
+						if got := r.rec.Ending().Reason; got != registry.InDoubt {
+							t.Errorf("got reason %q, want in doubt", got)
+						}
+						return
+					}
+					began := time.Now()
+					b := r.resumed()
+					if took := time.Since(began); test.proven && took > 2*time.Second {
+						t.Errorf("got the next backend after %v, want it soon", took)
+					}
+					r.pass(time.Second)
+					want := []string{"one", "two"}
+					if test.proven {
+						want = nil
+					}
+					if got, _ := b.messages(); !slices.Equal(got, want) {
+						t.Errorf("got %q at the next backend, want %q", got, want)
+					}
+				})
+			})
 		}
 	}
 }

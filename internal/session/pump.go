@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"io"
 	"os"
 	"time"
 
@@ -21,7 +22,11 @@ func (s *Session) fill(src *leg) error {
 	if src.reading.Load() == 0 {
 		src.reading.Store(int64(s.now()))
 	}
-	switch err := src.in.Fill(src.conn); {
+	err := src.in.Fill(src.conn)
+	if err == io.EOF && src.side == backendSide {
+		err = s.streamEnd(src)
+	}
+	switch {
 	case err == nil:
 		src.reading.Store(0)
 		src.lastRead.Store(int64(s.now()))

@@ -29,6 +29,7 @@ type setup struct {
 	answers         bool          // the upstream has answered a ping before
 	others          []string      // more upstreams
 	blind           bool          // nothing is known of the first two legs' sockets
+	lateEnd         bool          // the end of the first backend's stream is found late
 	secure          bool          // the first backend's leg has TLS
 	endDelay        time.Duration // how late the owner is told of the end
 }
@@ -133,6 +134,9 @@ func prepare(t *testing.T, reg *registry.Registry, with setup) *rig {
 		return c
 	}
 	backend := seen(r.legs[backendSide])
+	if with.lateEnd {
+		backend = lateEnd{r.legs[backendSide]}
+	}
 	if with.secure {
 		backend = tls.Client(netConn{r.legs[backendSide]}, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // who it is does not matter
 	}

@@ -163,11 +163,10 @@ func (s *Session) streamEnd(l *leg) error {
 // calls it: nothing is being written to the leg.
 func (s *Session) settle(l *leg) {
 	s.mu.Lock()
-	if !l.lost || l.settled || s.closing {
+	if !l.lost || l.settled || l.doomed || s.closing {
 		s.mu.Unlock()
 		return
 	}
-	l.settled = true
 	set := s.route.Settings()
 	if l.proven {
 		s.queue.Ack(s.queue.Mark(), set.mode())
@@ -198,6 +197,7 @@ func (s *Session) settle(l *leg) {
 		s.seek(l, false)
 		s.search.notify()
 	}
+	l.settled, l.doomed = !doomed, doomed
 	s.mu.Unlock()
 	if doomed {
 		s.rec.Close(registry.Ending{Reason: reason})

@@ -60,6 +60,7 @@ type leg struct {
 	// How a backend was lost.
 	lost    bool
 	settled bool          // accounts are settled: another leg may take over
+	doomed  bool          // … or they end the session
 	proven  bool          // it has read everything that was written
 	blamed  bool          // it counted as a failure of its upstream, or was asked to go
 	cause   uint16        // the close code it gave, or was given

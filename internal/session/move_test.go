@@ -366,3 +366,23 @@ func TestTheClientClosesAsTheOldBackendAnswers(t *testing.T) {
 		})
 	}
 }
+
+// The end is decided without the lock, and the seeker may look just before that.
+func TestNoBackendTakesOverFromOneThatLeavesDoubts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := startMove(t, replay.Strict)
+		r.backend.stall()
+		r.client.send(r.client.text("one"))
+		synctest.Wait()
+		r.move()
+		r.client.send(r.client.text("two"))
+		r.wait(20 * time.Second)
+		r.wantTold(registry.InDoubt, "1012 delivery of a message is in doubt", "-")
+		if left := r.session.backend(); left.settled || !left.doomed {
+			t.Error("got accounts settled that leave doubts, want no backend to take over")
+		}
+		if got := len(r.used()); got != 1 {
+			t.Errorf("got %d backends that had the session, want the first only", got)
+		}
+	})
+}

@@ -135,10 +135,11 @@ func (s *Session) streamEnd(l *leg) error {
 	t, ok := l.conn.(*tls.Conn)
 	s.mu.Lock()
 	wait := ok && l.parting != 0 && l.heard && !s.closing
-	if wait && l.endedAt == 0 {
-		l.endedAt = s.now()
+	if wait && !l.ended {
+		l.ended = true
+		l.lastRead.Store(int64(s.now()))
 	}
-	answer := l.saidAt != 0 && s.now()-l.endedAt >= closingPeriod
+	answer := l.saidAt != 0 && s.now()-time.Duration(l.lastRead.Load()) >= closingPeriod
 	s.mu.Unlock()
 	if !wait {
 		return io.EOF

@@ -47,15 +47,15 @@ type leg struct {
 	closeText string
 
 	// How far the end has come.
-	said    bool          // a close frame was written, or is being written
-	heard   bool          // a close frame was received, with code echo
-	gone    bool          // nothing more is read from or written to it
-	early   bool          // its FIN was there before our close frame was written
-	tooBig  bool          // a backend sent a message that is too big
-	echo    uint16        //
-	saidAt  time.Duration // when our close frame had been written
-	endedAt time.Duration // when its stream had ended, and its connection had not
-	broken  time.Duration // since when writes fail
+	said   bool          // a close frame was written, or is being written
+	heard  bool          // a close frame was received, with code echo
+	gone   bool          // nothing more is read from or written to it
+	early  bool          // its FIN was there before our close frame was written
+	ended  bool          // its stream has ended, and its connection had not
+	tooBig bool          // a backend sent a message that is too big
+	echo   uint16        //
+	saidAt time.Duration // when our close frame had been written
+	broken time.Duration // since when writes fail
 
 	// How a backend was lost.
 	lost    bool

@@ -215,7 +215,7 @@ func (t *Tunnel) finish() {
 		// Who was told an end that was decided here, and does not end, may be a proxy that
 		// waits for a client that has nothing to say: it would not hear of it else.
 		if abortive || l.toldAt != 0 && !l.finished {
-			l.reset()
+			l.cut(true)
 		} else {
 			_ = l.conn.Close()
 		}
@@ -227,10 +227,16 @@ func (t *Tunnel) finish() {
 func (t *Tunnel) verdict() registry.Reason {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.client.finished && t.backend.finished && t.client.broken == 0 && t.backend.broken == 0 {
+	if t.complete() {
 		return registry.EOF
 	}
 	return registry.Reset
+}
+
+// complete reports whether both peers have ended, and all that they sent was relayed.
+// Tunnel.mu is held.
+func (t *Tunnel) complete() bool {
+	return t.client.finished && t.backend.finished && t.client.broken == 0 && t.backend.broken == 0
 }
 
 // allTaken reports whether there is nothing that a reset would throw away.

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -323,6 +324,32 @@ func TestAbort(t *testing.T) {
 			t.Error("got Move accepted, want it refused")
 		}
 	})
+}
+
+// lastMoment cuts the tunnel at the moment at which its end is decided.
+type lastMoment struct{ *rig }
+
+func (l lastMoment) End(e registry.Ending) {
+	l.rig.End(e)
+	l.tunnel.Abort()
+}
+
+// Who makes room cuts what is closing already. A client that has only to read the rest
+// gets all of it, and the end.
+func TestAbortOfCompleteStreams(t *testing.T) {
+	nearClient, client := tcpPair(t)
+	nearBackend, backend := tcpPair(t)
+	_ = nearClient.SetWriteBuffer(1 << 20)
+	r := start(t, Settings{}, nearClient, nearBackend, "")
+	r.rec.Handover(lastMoment{r})
+	_ = client.CloseWrite()
+	const size = 256 << 10 // more than the client's kernel takes, less than the proxy's
+	send(t, backend, strings.Repeat("x", size))
+	_ = backend.CloseWrite()
+	r.wantEnd(testTimeout, registry.EOF)
+	if n, err := io.Copy(io.Discard, client); n != size || err != nil {
+		t.Errorf("got %d bytes, %v, want %d and the end", n, err, size)
+	}
 }
 
 // After 1000 tunnels that ended in every way, many at once, nothing is left.

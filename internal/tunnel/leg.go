@@ -51,16 +51,18 @@ func (l *leg) closeWrite() bool {
 	return false
 }
 
-// reset closes the leg in a way that its peer does not take for an end. A Unix
-// socket can only be closed. The socket goes first: closing what is above, TLS
-// for one, might want to write.
-func (l *leg) reset() {
+// cut closes the leg without waiting; by a reset, in a way that its peer does not
+// take for an end. A Unix socket can only be closed. The socket goes first: closing
+// what is above, TLS for one, might want to write.
+func (l *leg) cut(reset bool) {
 	for c := any(l.conn); c != nil; c = sock.Inner(c) {
 		if s, ok := c.(interface {
 			SetLinger(sec int) error
 			io.Closer
 		}); ok {
-			_ = s.SetLinger(0)
+			if reset {
+				_ = s.SetLinger(0)
+			}
 			_ = s.Close()
 		}
 	}

@@ -90,10 +90,14 @@ func (t *Tunnel) Run() {
 	t.finish()
 }
 
-// Abort cuts both legs. The pumps find that out by themselves.
+// Abort cuts both legs. The pumps find that out by themselves. If both streams are
+// complete there is nothing to cut: the peers get what the kernel still has for them.
 func (t *Tunnel) Abort() {
-	t.client.reset()
-	t.backend.reset()
+	t.mu.Lock()
+	complete := t.complete()
+	t.mu.Unlock()
+	t.client.cut(!complete)
+	t.backend.cut(!complete)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.noMoreFlushing()

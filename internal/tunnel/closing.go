@@ -216,9 +216,8 @@ func (t *Tunnel) finish() {
 		// waits for a client that has nothing to say: it would not hear of it else.
 		if abortive || l.toldAt != 0 && !l.finished {
 			l.cut(true)
-		} else {
-			_ = l.conn.Close()
 		}
+		_ = l.conn.Close()
 	}
 	t.rec.Done()
 }

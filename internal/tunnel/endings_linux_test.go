@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -324,6 +325,37 @@ func TestAbort(t *testing.T) {
 			t.Error("got Move accepted, want it refused")
 		}
 	})
+}
+
+// wrapped counts how often it is closed.
+type wrapped struct {
+	embeds
+	closed *atomic.Int32
+}
+
+func (w wrapped) Close() error {
+	w.closed.Add(1)
+	return w.embeds.Close()
+}
+
+// What wraps a client's connection is caddy-l4's, which goes on with it as soon as Run
+// has returned, when who cuts the tunnel may still be at it.
+func TestAbortClosesOnlySockets(t *testing.T) {
+	nearClient, client := tcpPair(t)
+	nearBackend, backend := tcpPair(t)
+	var closed atomic.Int32
+	r := prepare(t, registry.New(), Settings{}, wrapped{embeds{nearClient}, &closed}, nearBackend, "")
+	r.tunnel.Abort()
+	wantReset(t, client)
+	wantReset(t, backend)
+	if n := closed.Load(); n != 0 {
+		t.Errorf("got the wrapper closed %d times, want only its socket closed", n)
+	}
+	r.run()
+	r.wantEnd(testTimeout, registry.Reset)
+	if n := closed.Load(); n != 1 {
+		t.Errorf("got the wrapper closed %d times at the end, want once", n)
+	}
 }
 
 // lastMoment cuts the tunnel at the moment at which its end is decided.

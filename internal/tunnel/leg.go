@@ -51,20 +51,17 @@ func (l *leg) closeWrite() bool {
 	return false
 }
 
-// cut closes the leg without waiting; by a reset, in a way that its peer does not
-// take for an end. A Unix socket can only be closed. The socket goes first: closing
-// what is above, TLS for one, might want to write.
+// cut closes the leg's socket, which ends all reads and writes; by a reset, in a way
+// that its peer does not take for an end. A Unix socket can only be closed. What is
+// above the socket is not touched: closing it might write, TLS for one, and caddy-l4
+// does not expect that any more once Run has returned.
 func (l *leg) cut(reset bool) {
-	for c := any(l.conn); c != nil; c = sock.Inner(c) {
-		if s, ok := c.(interface {
-			SetLinger(sec int) error
-			io.Closer
-		}); ok {
-			if reset {
-				_ = s.SetLinger(0)
-			}
-			_ = s.Close()
-		}
+	socket := any(l.conn)
+	for c := socket; c != nil; c = sock.Inner(c) {
+		socket = c
 	}
-	_ = l.conn.Close()
+	if s, ok := socket.(interface{ SetLinger(sec int) error }); ok && reset {
+		_ = s.SetLinger(0)
+	}
+	_ = socket.(io.Closer).Close()
 }

@@ -308,8 +308,7 @@ func (c *routeCommon) Ended(v registry.View) {
 	fields := []zap.Field{
 		zap.String("id", v.ID), zap.String("kind", string(v.Kind)), zap.String("route", v.Route), zap.String("reason", string(v.Reason)),
 		zap.String("remote", v.Client), zap.String("sni", v.SNI), zap.String("upstream", v.Upstream), zap.String("dial", v.Dial),
-		zap.Duration("duration", v.AgeDuration()),
-		zap.Uint64("bytes_in", v.BytesIn), zap.Uint64("bytes_out", v.BytesOut),
+		zap.Duration("duration", v.AgeDuration()), zap.Uint64("bytes_in", v.BytesIn), zap.Uint64("bytes_out", v.BytesOut),
 	}
 	if v.Kind == registry.WebSocket {
 		fields = append(fields,

@@ -77,19 +77,9 @@ func TestHeaderDownOfARefusal(t *testing.T) {
 	p := &testPool{
 		route: reg.Retain(registry.WebSocket, "route"), backends: map[string]*backend{"a": {status: http.StatusForbidden}}, names: []string{"a"}, concurrency: 64,
 	}
-	o := New(t.Context())
-	if err := o.Admit(reg, p.route, registry.Info{Kind: registry.WebSocket}); err != nil {
-		t.Fatal(err)
-	}
+	o := admit(t, reg, p)
 	defer o.Close()
-	q, err := handshake.NewRequest(clientRequest(t), handshake.Client{ID: o.ID()}, deflate.Negotiation{}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := o.Reach(p.Redial(q, nil, pool.Opening, ""), q)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := reach(t, o, p)
 	h := &handshake.Headers{Response: &headers.RespHeaderOps{HeaderOps: &headers.HeaderOps{
 		Set: http.Header{"X-From": {"{http.reverse_proxy.upstream.hostport} {http.reverse_proxy.status_code}"}},
 	}}}

@@ -182,6 +182,30 @@ func newTestLine(t *testing.T, was told, backends map[string]*backend, names ...
 	return newLine(rec, p, &Answer{request: q, res: &handshake.Response{Subprotocol: was.subprotocol, Compression: agreed}}, nil), p
 }
 
+// admit begins the opening of a connection on the pool's route.
+func admit(t *testing.T, reg *registry.Registry, p *testPool) *Opening {
+	t.Helper()
+	o := New(t.Context())
+	if err := o.Admit(reg, p.route, registry.Info{Kind: registry.WebSocket}); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// reach asks the pool's upstreams for an answer to a client's handshake.
+func reach(t *testing.T, o *Opening, p *testPool) *Answer {
+	t.Helper()
+	q, err := handshake.NewRequest(clientRequest(t), handshake.Client{ID: o.ID()}, deflate.Negotiation{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := o.Reach(p.Redial(q, nil, pool.Opening, ""), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
 // clientRequest is a client's handshake.
 func clientRequest(t *testing.T) *http.Request {
 	t.Helper()

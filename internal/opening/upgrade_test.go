@@ -8,9 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/holdfast-proxy/caddy-holdfast/internal/deflate"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/handshake"
-	"github.com/holdfast-proxy/caddy-holdfast/internal/pool"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/registry"
 	"github.com/holdfast-proxy/caddy-holdfast/internal/session"
 )
@@ -49,21 +47,11 @@ func TestMoveAsTheClientIsTold(t *testing.T) {
 			p := &testPool{
 				route: reg.Retain(registry.WebSocket, "route"), backends: map[string]*backend{"a": b, "b": b}, names: []string{"a", "b"}, concurrency: 64,
 			}
-			o := New(t.Context())
-			if err := o.Admit(reg, p.route, registry.Info{Kind: registry.WebSocket}); err != nil {
-				t.Fatal(err)
-			}
+			o := admit(t, reg, p)
 			if err := o.rec.Move(); !errors.Is(err, session.ErrNotMovable) {
 				t.Fatalf("before the 101: got %v, want %v", err, session.ErrNotMovable)
 			}
-			q, err := handshake.NewRequest(clientRequest(t), handshake.Client{ID: o.ID()}, deflate.Negotiation{}, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			a, err := o.Reach(p.Redial(q, nil, pool.Opening, ""), q)
-			if err != nil {
-				t.Fatal(err)
-			}
+			a := reach(t, o, p)
 			near, far := net.Pipe()
 			defer far.Close()
 			moved := make(chan error, 1)
